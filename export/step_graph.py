@@ -1,0 +1,164 @@
+"""The step graph: one network call as an ONNX file, ``x[B, ...], t[B], label[B] -> raw[B, ...]`` for any B.
+
+Weights are stored in half precision and widened when the file is loaded, so the file is half the size and the
+arithmetic is float32: the network of the file is the network with its weights rounded once. What the rounding
+and the exporter did is measured against torch each time, and refused when it is more than rounding.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+OPSET = 20
+_SMALL = 256  # tensors below this many elements keep float32: biases and constants weigh nothing
+_TOLERANCE = 1e-4  # of the graph against torch with the same rounded weights, relative to the largest output
+
+
+class ExportError(RuntimeError):
+    """A network that could not be exported faithfully."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The exported graph against torch, over several batch sizes; errors of single elements."""
+
+    graph_error: float  # with the same rounded weights, relative to the largest output: the exporter's doing
+    storage_error: float  # against the weights as trained: the rounding's doing
+
+
+def export_step_graph(
+    network: torch.nn.Module, sample_shape: tuple[int, int, int], path: Path, num_labels: int | None, half: bool = True
+) -> Parity:
+    """Write a network as a step graph and hold it against torch.
+
+    Args:
+        network: called with ``x [B, C, H, W]``, ``t [B]`` float32 and, if ``num_labels``, ``label [B]`` int64.
+        sample_shape: channels, height, width.
+        path: the file to write.
+        num_labels: labels the network takes, the null one included; None for an unconditional network.
+        half: store weights in float16.
+
+    Returns:
+        The measured differences.
+
+    Raises:
+        ExportError: the graph is not the network.
+    """
+    network = network.eval().requires_grad_(False)
+    example = _inputs(2, sample_shape, num_labels, seed=0)
+    names = list(example)
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of its own internals
+        quiet = logging.getLogger("torch.onnx")
+        level, _ = quiet.level, quiet.setLevel(logging.ERROR)
+        try:
+            program = torch.onnx.export(
+                network,
+                tuple(example.values()),
+                dynamo=True,
+                dynamic_shapes=tuple({0: batch} for _ in names),
+                opset_version=OPSET,
+                input_names=names,
+                output_names=["raw"],
+                verbose=False,
+            )
+        finally:
+            quiet.setLevel(level)
+    assert program is not None
+    model = program.model_proto
+    if half:
+        _store_in_half(model)
+    _drop_notes(model)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+    parity = _compare(network, model, sample_shape, num_labels, half)
+    if parity.graph_error > _TOLERANCE:
+        path.unlink()
+        raise ExportError(f"{path}: the graph differs from the network by {parity.graph_error:.2g} of its output")
+    return parity
+
+
+def _inputs(rows: int, sample_shape: tuple[int, ...], num_labels: int | None, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        "x": torch.randn((rows, *sample_shape), generator=generator),
+        "t": torch.linspace(-0.5, 1.0, rows + 1)[1:].contiguous(),
+    }
+    if num_labels is not None:
+        inputs["label"] = torch.randint(num_labels, (rows,), generator=generator)
+    return inputs
+
+
+def _store_in_half(model: onnx.ModelProto) -> None:
+    """Keep large float32 weights as float16 behind a Cast, which every runtime folds away at load."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _SMALL:
+            continue
+        name = tensor.name
+        stored = numpy_helper.from_array(_to_half(numpy_helper.to_array(tensor), name), f"{name}.half")
+        tensor.CopyFrom(stored)
+        casts.append(onnx.helper.make_node("Cast", [stored.name], [name], f"{name}.widen", to=onnx.TensorProto.FLOAT))
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*casts, *nodes])
+
+
+def _to_half(array: NDArray[Any], name: str) -> NDArray[np.float16]:
+    if np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+        raise ExportError(f"weight {name} does not fit half precision: {np.abs(array).max():.3g}")
+    return array.astype(np.float16)
+
+
+def _drop_notes(model: onnx.ModelProto) -> None:
+    """Remove what the exporter writes about itself: source lines and paths of the machine it ran on."""
+    del model.metadata_props[:]
+    model.doc_string = ""
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
+        value.doc_string = ""
+        if hasattr(value, "metadata_props"):
+            del value.metadata_props[:]
+
+
+def _compare(
+    network: torch.nn.Module,
+    model: onnx.ModelProto,
+    sample_shape: tuple[int, ...],
+    num_labels: int | None,
+    half: bool,
+) -> Parity:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    trained = {name: value.clone() for name, value in network.state_dict().items()}
+    rounded = {
+        name: value.half().float() if half and value.is_floating_point() and value.numel() >= _SMALL else value
+        for name, value in trained.items()
+    }
+    errors = {"graph": 0.0, "storage": 0.0}
+    try:
+        for rows in (1, 2, 7):
+            inputs = _inputs(rows, sample_shape, num_labels, seed=rows)
+            (ours,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+            for kind, weights in (("graph", rounded), ("storage", trained)):
+                network.load_state_dict(weights)
+                with torch.no_grad():
+                    theirs: NDArray[np.float32] = network(*inputs.values()).numpy()
+                error = float(np.abs(ours - theirs).max() / max(1e-12, np.abs(theirs).max()))
+                errors[kind] = max(errors[kind], error)
+    finally:
+        network.load_state_dict(trained)
+    return Parity(errors["graph"], errors["storage"])

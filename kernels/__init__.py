@@ -1,0 +1,9 @@
+"""The fused step: one pass that moves every row of a batch by its own table row, and the noise it needs.
+
+Floor 1. It knows arrays and nothing of models, requests or servers.
+"""
+
+from .fused_step import StepRow, fused_step, pack_rows, row_dtype, step_reference
+from .noise import normals
+
+__all__ = ["StepRow", "fused_step", "normals", "pack_rows", "row_dtype", "step_reference"]

@@ -1,0 +1,90 @@
+"""Backends: the network as a callable over batch arrays that stay where they are.
+
+A backend owns its input arrays, ``[max_rows, ...]`` each, and is called with a number of rows:
+
+    backend.inputs["x"][:n] = ...
+    raw = backend(n)                # [n, channels, height, width]; valid until the next call
+
+So one call moves no data, and the caller writes the next input in place. `OnnxBackend` is the CPU's;
+others keep to the same two names.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class Backend(Protocol):
+    """What the engine needs of a network."""
+
+    inputs: dict[str, Array]  # [max_rows, ...] by input name
+
+    def __call__(self, rows: int) -> Array:
+        """Run the network on the first ``rows`` rows of the inputs."""
+        ...
+
+
+class BackendError(RuntimeError):
+    """A network that the backend cannot take. One line that names the file and what is wrong."""
+
+
+class OnnxBackend:
+    """ONNX Runtime on the CPU, bound once to fixed memory for each batch size.
+
+    Args:
+        path: the step graph.
+        max_rows: the largest batch.
+        sample_shape: channels, height, width.
+        threads: threads of one call. They sleep between calls (`allow_spinning=0`): a spinning pool takes
+            twice the CPU time at small batches.
+
+    Raises:
+        BackendError: the file is no model that ONNX Runtime takes, or its inputs are not a step graph's.
+    """
+
+    def __init__(self, path: Path, max_rows: int, sample_shape: tuple[int, ...], threads: int = 1) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own exceptions share no base
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BackendError(f"{path}: ONNX Runtime cannot load it: {reason}") from None
+        self.inputs: dict[str, Array] = {}
+        for node in self._session.get_inputs():
+            shape = (max_rows, *sample_shape) if node.name == "x" else (max_rows,)
+            if node.type not in _DTYPES or len(node.shape) != len(shape):
+                raise BackendError(f"{path}: input {node.name} is {node.type}{node.shape}, not what a step graph has")
+            self.inputs[node.name] = np.zeros(shape, _DTYPES[node.type])
+        output = self._session.get_outputs()[0]
+        if not {"x", "t"} <= set(self.inputs) or output.type not in _DTYPES:
+            raise BackendError(f"{path}: a step graph has the inputs x and t, this one has {', '.join(self.inputs)}")
+        self._raw = np.zeros((max_rows, *sample_shape), _DTYPES[output.type])
+        self._output = output.name
+        self._bindings: dict[int, Any] = {}
+
+    def __call__(self, rows: int) -> Array:
+        """Run the first ``rows`` rows."""
+        binding = self._bindings.get(rows)
+        if binding is None:
+            binding = self._bindings[rows] = self._bind(rows)
+        self._session.run_with_iobinding(binding)
+        return self._raw[:rows]
+
+    def _bind(self, rows: int) -> Any:
+        binding = self._session.io_binding()
+        for name, array in self.inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, (rows, *array.shape[1:]), array.ctypes.data)
+        raw = self._raw
+        binding.bind_output(self._output, "cpu", 0, raw.dtype.type, (rows, *raw.shape[1:]), raw.ctypes.data)
+        return binding

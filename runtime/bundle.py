@@ -1,0 +1,296 @@
+"""A bundle: one deployable student, as a folder that proves what it is.
+
+    bundle.json       the manifest: what the network expects and says, who made it, the hash of every other file
+    model.onnx        one network call: ``x[B, ...], t[B], label[B] -> raw[B, ...]``, any B
+    tableaus/*        the solvers it is served with; the manifest names the default
+    NOTICE, ...       licence notices and whatever else the manifest lists
+
+Loading refuses, by name, any file that is missing, unknown or altered, and any table that was not made for
+this network. Nothing in a bundle is executed and nothing is unpickled.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .prediction import Prediction
+from .tableau import Tableau, TableauError
+
+MANIFEST = "bundle.json"
+NETWORK = "model.onnx"
+FORMAT = 1
+EMBEDDED = Path(__file__).parent / "embedded"
+DEFAULT_BUNDLE = "fashion-mnist-mm4"
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[int, Field(ge=1, le=65536)]
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be served. One line: which bundle, which file, what is wrong."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NetworkOutput(_Strict):
+    """What the network predicts; see `prediction.Prediction`."""
+
+    type: Literal["x0", "eps", "v", "flow", "edm"]
+    sigma_data: float = Field(default=0.5, gt=0, lt=1e6)
+
+    def prediction(self) -> Prediction:
+        """The runtime's object for it."""
+        return Prediction(self.type, self.sigma_data)
+
+
+class ClassLabels(_Strict):
+    """The condition of a class-conditional network: its input ``label``, int64."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    null: int | None = None  # the label that means "no condition", if the network was trained with one
+
+    @model_validator(mode="after")
+    def _names_tell_apart(self) -> "ClassLabels":
+        folded = [name.casefold() for name in self.names]
+        if len(set(folded)) != len(folded):
+            raise ValueError("class names must differ by more than case")
+        return self
+
+    def parse(self, text: str) -> int:
+        """The label that a number or a class name means; case and surrounding blanks do not matter.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        wanted = text.strip().casefold()
+        for i, name in enumerate(self.names):
+            if wanted == name.casefold():
+                return i
+        if wanted.isascii() and wanted.isdigit() and int(wanted) < len(self.names):
+            return int(wanted)
+        listed = ", ".join(self.names)
+        raise ValueError(f"{text!r} is no class of this student; it has 0 to {len(self.names) - 1}: {listed}")
+
+
+class Guidance(_Strict):
+    """How guidance reaches the sample.
+
+    ``none``: not at all, or baked in by distillation. ``embedded``: the network takes it as the input
+    ``guidance``. ``classifier-free``: a second call without condition, combined by the fused step.
+    """
+
+    mode: Literal["none", "embedded", "classifier-free"] = "none"
+    default: float = 1.0  # weight of the conditional output: 1 is no guidance
+    minimum: float = 1.0
+    maximum: float = 1.0
+
+    @model_validator(mode="after")
+    def _default_is_in_range(self) -> "Guidance":
+        if not self.minimum <= self.default <= self.maximum:
+            raise ValueError(f"default {self.default:g} is outside {self.minimum:g} to {self.maximum:g}")
+        return self
+
+
+class TableauChoice(_Strict):
+    """Which table a request gets when it does not say."""
+
+    solver: str
+    num_steps: int
+
+
+class Manifest(_Strict):
+    """``bundle.json``."""
+
+    format: Literal[1]
+    name: Name
+    version: Name
+    description: str
+    sample_shape: tuple[Positive, Positive, Positive]  # channels, height, width
+    path: Literal["ve", "vp", "flow"]  # the noise path the network was trained on
+    output: NetworkOutput
+    labels: ClassLabels | None = None
+    guidance: Guidance = Guidance()
+    default_tableau: TableauChoice
+    licence: str
+    provenance: dict[str, str]  # who made it, from what, how
+    metrics: dict[str, Any]  # measured quality, as the evaluation printed it
+    files: dict[str, Sha256]  # every file but the manifest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded and verified bundle."""
+
+    manifest: Manifest
+    path: Path
+    tableaus: Mapping[tuple[str, int], Tableau]  # by solver name and number of steps
+
+    @property
+    def name(self) -> str:
+        """The student's name, by which requests address it."""
+        return self.manifest.name
+
+    @property
+    def network(self) -> Path:
+        """The file of the step graph."""
+        return self.path / NETWORK
+
+    @property
+    def weights_sha256(self) -> str:
+        """The fingerprint that fitted tables refer to."""
+        return self.manifest.files[NETWORK]
+
+    def tableau(self, solver: str | None = None, num_steps: int | None = None) -> Tableau:
+        """The table a request asks for; what it leaves out is taken from the default.
+
+        Raises:
+            ValueError: there is none; the message lists those there are.
+        """
+        default = self.manifest.default_tableau
+        if solver is None and num_steps is not None and (default.solver, num_steps) not in self.tableaus:
+            others = [name for name, steps in self.tableaus if steps == num_steps]
+            solver = others[0] if others else None
+        key = (solver or default.solver, num_steps or default.num_steps)
+        if solver is not None and num_steps is None and key not in self.tableaus:
+            steps = [s for name, s in self.tableaus if name == solver]
+            key = (solver, min(steps, key=lambda s: abs(s - default.num_steps))) if steps else key
+        if key not in self.tableaus:
+            have: dict[str, list[int]] = {}
+            for name, steps_ in sorted(self.tableaus):
+                have.setdefault(name, []).append(steps_)
+            listed = "; ".join(f"{name} with {', '.join(map(str, s))}" for name, s in have.items())
+            raise ValueError(f"{self.name} has no table for {key[0]} with {key[1]} steps; it has {listed}")
+        return self.tableaus[key]
+
+    def refuse_misfit(self, tableau: Tableau) -> None:
+        """Check that a table can be served with this network.
+
+        Raises:
+            TableauError: other weights, other noise path, or a form the network cannot give.
+        """
+        if tableau.weights_sha256 not in ("any", self.weights_sha256):
+            theirs, ours = tableau.weights_sha256[:12], self.weights_sha256[:12]
+            raise TableauError(f"{tableau.name}: was fitted to weights {theirs}, {self.name} has {ours}")
+        alpha, sigma = tableau.alpha[:-1], tableau.sigma[:-1]
+        paths = {"ve": alpha - 1, "vp": np.hypot(alpha, sigma) - 1, "flow": alpha + sigma - 1}
+        off = paths[self.manifest.path]
+        if np.abs(off).max() > 1e-6:
+            level = int(np.abs(off).argmax())
+            raise TableauError(f"{tableau.name}: level {level} is not on the {self.manifest.path} path of {self.name}")
+        try:
+            tableau.step_rows(self.manifest.output.prediction())
+        except ValueError as error:
+            raise TableauError(f"{tableau.name}: {error}") from None
+
+    @classmethod
+    def load(cls, source: str | Path | None = None) -> "Bundle":
+        """Load and verify a bundle.
+
+        Args:
+            source: a folder, or the name of an embedded bundle; left out, the embedded student.
+
+        Raises:
+            BundleError: it does not exist, or is not exactly what its manifest says.
+        """
+        path = _find(str(source or DEFAULT_BUNDLE))
+        try:
+            text = (path / MANIFEST).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "it is not UTF-8")
+            raise BundleError(f"{path}: {MANIFEST} cannot be read: {reason}") from None
+        try:
+            manifest = Manifest.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise BundleError(f"{path / MANIFEST}: {where}: {first['msg']}") from None
+        _verify_files(path, manifest)
+        bundle = cls(manifest, path, {})
+        tableaus: dict[tuple[str, int], Tableau] = {}
+        for name in sorted(manifest.files):
+            if not name.startswith("tableaus/"):
+                continue
+            try:
+                tableau = Tableau.load(path / name)
+                bundle.refuse_misfit(tableau)
+            except TableauError as error:
+                raise BundleError(f"{path / name}: {error}") from None
+            key = (tableau.name, tableau.num_steps)
+            if key in tableaus:
+                raise BundleError(f"{path / name}: a second table for {key[0]} with {key[1]} steps")
+            tableaus[key] = tableau
+        default = manifest.default_tableau
+        if (default.solver, default.num_steps) not in tableaus:
+            raise BundleError(f"{path}: the default table {default.solver} with {default.num_steps} steps is missing")
+        return cls(manifest, path, tableaus)
+
+
+def embedded_names() -> list[str]:
+    """The bundles that come with the package."""
+    return sorted(path.name for path in EMBEDDED.iterdir() if (path / MANIFEST).is_file())
+
+
+def write_manifest(path: Path, fields: Mapping[str, Any]) -> Manifest:
+    """Hash what stands in a folder and write its manifest, all but ``files`` given.
+
+    Raises:
+        BundleError: a field is not valid.
+    """
+    files = {name: _sha256(path / name) for name in _files_below(path) if name != MANIFEST}
+    try:
+        manifest = Manifest.model_validate({"format": FORMAT, **fields, "files": files})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(f"{path / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    partial = path / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    partial.replace(path / MANIFEST)
+    return manifest
+
+
+def _find(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.name == source and (EMBEDDED / source / MANIFEST).is_file():
+        return EMBEDDED / source
+    names = ", ".join(embedded_names()) or "none"
+    raise BundleError(f"{source}: no such folder, and no embedded bundle of that name (there are: {names})")
+
+
+def _verify_files(path: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or name == MANIFEST:
+            raise BundleError(f"{path / MANIFEST}: files: {name!r} is not a path inside the bundle")
+    if NETWORK not in manifest.files:
+        raise BundleError(f"{path / MANIFEST}: files: {NETWORK} is missing")
+    present = set(_files_below(path)) - {MANIFEST}
+    for name in sorted(set(manifest.files) - present):
+        raise BundleError(f"{path}: {name} is missing")
+    for name in sorted(present - set(manifest.files)):
+        raise BundleError(f"{path}: {name} is unknown to the manifest; remove it or list it")
+    for name, expected in manifest.files.items():
+        try:
+            actual = _sha256(path / name)
+        except OSError as error:
+            raise BundleError(f"{path}: {name} cannot be read: {error.strerror}") from None
+        if actual != expected:
+            raise BundleError(f"{path}: {name} was altered: sha256 {actual[:12]}, the manifest says {expected[:12]}")
+
+
+def _files_below(path: Path) -> list[str]:
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

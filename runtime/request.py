@@ -1,0 +1,70 @@
+"""A request: one sample to make, and what comes back.
+
+Both are frozen. Where a request is, and whether it still wants its sample, is its `concurrent.futures.Future`:
+waiting and running requests are pending, cancelling the future is cancelling the request.
+"""
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .tableau import Tableau
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to make."""
+
+    seed: int  # 0 to 2**64 - 1; with the rest of the request it decides every bit of the sample
+    tableau: Tableau
+    label: int | None = None  # None: unconditional, where the student knows that
+    guidance: float | None = None  # None: the student's default
+    priority: int = 0  # a higher one is started first
+    deadline_s: float | None = None  # on time.monotonic(); not started after it, given up when running
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One finished sample."""
+
+    pixels: NDArray[np.float32]  # [channels, height, width], data nominally in -1 to 1
+    request: Request
+    queue_s: float  # from submission to the first network call
+    run_s: float  # from the first network call to the last update
+
+    def to_uint8(self) -> NDArray[np.uint8]:
+        """``[height, width, channels]``, -1 to 0 and 1 to 255, rounded to nearest."""
+        scaled = np.clip(self.pixels * np.float32(127.5) + np.float32(128.0), 0, 255).astype(np.uint8)
+        return np.ascontiguousarray(scaled.transpose(1, 2, 0))
+
+
+class RequestError(Exception):
+    """A request that ended without a sample."""
+
+
+class QueueFull(RequestError):
+    """Not accepted: the waiting line is at its bound. Nothing of the request was kept."""
+
+    def __init__(self, waiting: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full: {waiting} of {limit} samples wait; try again in {retry_after_s:.3g} s")
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExpired(RequestError):
+    """Given up: its deadline passed before it was finished."""
+
+
+class SampleFailed(RequestError):
+    """The network or the update gave no usable sample."""
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A request on its way; owned by the engine."""
+
+    request: Request
+    future: Future[Sample]
+    submitted_s: float
+    started_s: float = 0.0

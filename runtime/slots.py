@@ -1,0 +1,62 @@
+"""Slots: the places of the latent pool, and everything a running row carries.
+
+Running rows are the first ``len(slots)`` rows of every array, without gaps: a row that leaves is replaced by
+the last one. So each tick works on plain prefixes, ``slots.x[:n]``, and allocates nothing.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .request import Ticket
+
+
+class Slots:
+    """Room for ``capacity`` running rows of one student, in front of its network's input.
+
+    Args:
+        capacity: rows that may run together.
+        network_input: ``[at least capacity, elements]``, the network's ``x``; its first rows go with the slots.
+        history: predictions that a table row may read.
+    """
+
+    def __init__(self, capacity: int, network_input: NDArray[Any], history: int) -> None:
+        elements = network_input.shape[1]
+        self.capacity = capacity
+        self.tickets: list[Ticket] = []
+        self.network_input = network_input
+        self.x = np.zeros((capacity, elements), np.float32)
+        self.history = np.zeros((capacity, history, elements), np.float32)
+        self.table_row = np.zeros(capacity, np.int32)  # the table row that comes next
+        self.end_row = np.zeros(capacity, np.int32)  # one past the last table row
+        self.seed = np.zeros(capacity, np.uint64)
+        self.guidance = np.zeros(capacity, np.float32)
+        self.label = np.zeros(capacity, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.tickets)
+
+    def add(self, ticket: Ticket, rows: range, label: int, guidance: float) -> None:
+        """Give a request the next place; ``rows`` are its table rows."""
+        i = len(self.tickets)
+        self.tickets.append(ticket)
+        self.table_row[i], self.end_row[i] = rows.start, rows.stop
+        self.seed[i], self.label[i], self.guidance[i] = ticket.request.seed, label, guidance
+
+    def remove(self, i: int) -> None:
+        """Free place ``i``; the last row moves there."""
+        last = len(self.tickets) - 1
+        if i != last:
+            self.tickets[i] = self.tickets[last]
+            for array in (self.x, self.network_input, self.history, self.table_row, self.end_row):
+                array[i] = array[last]
+            for array in (self.seed, self.guidance, self.label):
+                array[i] = array[last]
+        self.tickets.pop()
+
+    def deepen(self, history: int) -> None:
+        """Make room for tables that read further back."""
+        missing = history - self.history.shape[1]
+        if missing > 0:
+            self.history = np.pad(self.history, ((0, 0), (0, missing), (0, 0)))
