@@ -60,7 +60,8 @@ def export_step_graph(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own internals
         quiet = logging.getLogger("torch.onnx")
-        level, _ = quiet.level, quiet.setLevel(logging.ERROR)
+        level = quiet.level
+        quiet.setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 network,

@@ -219,7 +219,7 @@ class Tableau:
             TableauError: the bytes hold no valid table.
         """
         try:
-            arrays = safetensors.numpy.load(data)
+            arrays: dict[str, Any] = safetensors.numpy.load(data)
             (length,) = struct.unpack_from("<Q", data)
             header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fewstep_tableau"])
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError):

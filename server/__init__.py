@@ -1,0 +1,14 @@
+"""The HTTP server: doors in front of one engine. Floor 4; it imports the runtime and never training or export.
+
+app         the FastAPI application and its routes
+images      the OpenAI images protocol
+service     the students being served: engines, their thread, the encoders
+settings    everything that can be configured, one frozen object
+"""
+
+from .app import create_app
+from .service import Service
+from .settings import Settings, SettingsError
+from .uvicorn_server import serve
+
+__all__ = ["Service", "Settings", "SettingsError", "create_app", "serve"]

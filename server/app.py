@@ -1,0 +1,104 @@
+"""The application: its routes, and what they share.
+
+POST /v1/images/generations    samples, as OpenAI's clients ask for them
+GET  /v1/models                the students, with their labels and tables
+GET  /v2/health/live, /ready   for probes
+GET  /metrics                  for Prometheus
+GET  /                         a page to try it
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+from ..runtime import Engine
+from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
+from .images import ImageRequest, ImageResponse, generate_images
+from .metrics import registry_of
+from .service import Service
+
+PAGE = Path(__file__).parent / "page" / "index.html"
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application over a service; it starts and stops the service with itself."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.stop()
+
+    app = FastAPI(title="fewstep", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app.add_exception_handler(ApiError, answer_api_error)
+    app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(Exception, answer_crash)
+    registry = registry_of(service)
+
+    # The body is read and checked by hand: its errors then name the field in OpenAI's shape.
+    body = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
+
+    @app.post("/v1/images/generations", response_model=ImageResponse, openapi_extra={"requestBody": body})
+    async def images(request: Request) -> Response:
+        return await generate_images(request, service)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        data = [_describe(engine, service.started_s) for engine in service.engines.values()]
+        return {"object": "list", "data": data}
+
+    @app.get("/v1/models/{model}")
+    async def model(model: str) -> dict[str, Any]:
+        engine = service.engines.get(model)
+        if engine is None:
+            raise ApiError(404, f"model: {model!r} is not served", param="model", code="model_not_found")
+        return _describe(engine, service.started_s)
+
+    @app.get("/v2/health/live")
+    async def live(response: Response) -> dict[str, bool]:
+        response.status_code = 200 if service.is_live else 503
+        return {"live": service.is_live}
+
+    @app.get("/v2/health/ready")
+    async def ready(response: Response) -> dict[str, bool]:
+        response.status_code = 200 if service.is_ready else 503
+        return {"ready": service.is_ready}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE)
+
+    return app
+
+
+def _describe(engine: Engine, created: int) -> dict[str, Any]:
+    """One entry of ``/v1/models``: OpenAI's four fields, then what a request to this student may say."""
+    manifest = engine.bundle.manifest
+    channels, height, width = manifest.sample_shape
+    return {
+        "id": manifest.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "fewstep",
+        "description": manifest.description,
+        "version": manifest.version,
+        "size": f"{width}x{height}",
+        "channels": channels,
+        "labels": list(manifest.labels.names) if manifest.labels else [],
+        "guidance": manifest.guidance.model_dump(),
+        "default_tableau": manifest.default_tableau.model_dump(),
+        "tableaus": [
+            {"solver": name, "num_steps": steps, "stochastic": tableau.is_stochastic, "sha256": tableau.sha256}
+            for (name, steps), tableau in engine.bundle.tableaus.items()
+        ],
+    }

@@ -1,0 +1,64 @@
+"""Errors as clients see them: a status, one clear line, and the field it is about.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+
+This is OpenAI's shape, which its clients turn into typed exceptions. A traceback never leaves the server.
+"""
+
+import math
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+
+class ApiError(Exception):
+    """An answer that is not a result."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s
+
+    def response(self) -> JSONResponse:
+        """The HTTP response."""
+        kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        headers = {}
+        if self.retry_after_s is not None:
+            headers = {
+                "Retry-After": str(math.ceil(self.retry_after_s)),
+                "retry-after-ms": str(math.ceil(self.retry_after_s * 1000)),
+            }
+        error: dict[str, Any] = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return JSONResponse({"error": error}, self.status, headers)
+
+
+async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
+    """FastAPI's handler for `ApiError`."""
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
+    """Unknown paths and methods, in the same shape."""
+    status = getattr(error, "status_code", 500)
+    messages = {
+        404: f"there is nothing at {request.url.path}",
+        405: f"{request.method} is not allowed at {request.url.path}",
+    }
+    return ApiError(status, messages.get(status, "the request failed")).response()
+
+
+async def answer_crash(_: Request, __: Exception) -> JSONResponse:
+    """Whatever was not foreseen; uvicorn logs the traceback."""
+    return ApiError(500, "the server failed on this request; its log says why", code="internal_error").response()

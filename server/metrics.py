@@ -1,0 +1,54 @@
+"""Prometheus metrics, read off the engines when they are asked for: serving pays nothing for them.
+
+Names are Triton's where Triton has one, so its dashboards work (hence no ``_total``, which a typed counter would
+get from the client library). Here ``nv_inference_exec_count`` counts network
+executions and ``nv_inference_count`` rows moved by one step: their ratio is the mean batch.
+"""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily, Metric, UnknownMetricFamily
+from prometheus_client.registry import Collector
+
+from .service import Service
+
+_LABELS = ["model", "version"]
+
+
+def registry_of(service: Service) -> CollectorRegistry:
+    """A registry that shows this service."""
+    registry = CollectorRegistry()
+    registry.register(_Engines(service))
+    return registry
+
+
+class _Engines(Collector):
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        success = UnknownMetricFamily("nv_inference_request_success", "Samples finished", labels=_LABELS)
+        failure = UnknownMetricFamily(
+            "nv_inference_request_failure", "Samples that ended otherwise", labels=[*_LABELS, "reason"]
+        )
+        count = UnknownMetricFamily("nv_inference_count", "Rows moved by one step", labels=_LABELS)
+        executions = UnknownMetricFamily("nv_inference_exec_count", "Network executions", labels=_LABELS)
+        compute = UnknownMetricFamily("nv_inference_compute_infer_duration_us", "Time in steps", labels=_LABELS)
+        pending = GaugeMetricFamily("nv_inference_pending_request_count", "Samples waiting", labels=_LABELS)
+        running = GaugeMetricFamily("fewstep_running_rows", "Samples in slots", labels=_LABELS)
+        for name, engine in self._service.engines.items():
+            labels = [name, engine.bundle.manifest.version]
+            done = engine.counters
+            success.add_metric(labels, done.finished)
+            reasons = {
+                "REJECTED": done.rejected, "CANCELED": done.cancelled, "DEADLINE": done.expired, "BACKEND": done.failed
+            }  # fmt: skip
+            for reason, value in reasons.items():
+                failure.add_metric([*labels, reason], value)
+            count.add_metric(labels, done.row_steps)
+            executions.add_metric(labels, done.ticks)
+            compute.add_metric(labels, done.busy_s * 1e6)
+            pending.add_metric(labels, engine.num_waiting)
+            running.add_metric(labels, engine.num_running)
+        yield from (success, failure, count, executions, compute, pending, running)

@@ -1,0 +1,53 @@
+"""Running the application under uvicorn: signals, draining, and the line that says where it listens.
+
+On SIGTERM or SIGINT the server stops being ready, refuses new work, answers what it has accepted, and leaves.
+"""
+
+import socket
+from types import FrameType
+
+import uvicorn
+
+from .app import create_app
+from .service import Service
+from .settings import Settings, SettingsError
+
+
+class _DrainingServer(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.is_draining = True
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        BundleError: a bundle cannot be loaded.
+        SettingsError: the address cannot be listened on.
+    """
+    service = Service(settings)
+    config = uvicorn.Config(
+        create_app(service),
+        host=settings.host,
+        port=settings.port,
+        access_log=settings.access_log,
+        log_level="info" if settings.access_log else "warning",
+        timeout_graceful_shutdown=int(settings.drain_timeout_s) or 1,
+        server_header=False,
+    )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        raise SettingsError(f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}") from None
+    host, port = listener.getsockname()[:2]
+    names = ", ".join(service.engines)
+    print(f"fewstep serves {names} at http://{host}:{port}  (page at /, API at /docs; Ctrl-C ends)", flush=True)  # noqa: T201
+    _DrainingServer(config, service).run(sockets=[listener])
