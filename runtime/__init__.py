@@ -5,7 +5,7 @@ Read `engine` first, then `tableau`. Needs numpy, ONNX Runtime, pydantic and saf
 
 from .bundle import DEFAULT_BUNDLE, Bundle, BundleError, embedded_names
 from .engine import Engine, EngineThread
-from .request import DeadlineExpired, QueueFull, Request, RequestError, Sample, SampleFailed
+from .request import DeadlineExpired, EngineStopped, QueueFull, Request, RequestError, Sample, SampleFailed
 from .schedules import Levels
 from .tableau import Tableau, TableauError
 
@@ -15,6 +15,7 @@ __all__ = [
     "BundleError",
     "DeadlineExpired",
     "Engine",
+    "EngineStopped",
     "EngineThread",
     "Levels",
     "QueueFull",

@@ -21,6 +21,9 @@ Array = NDArray[Any]
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
+_INPUTS = ("x", "t", "label", "guidance")
+
+
 class Backend(Protocol):
     """What the engine needs of a network."""
 
@@ -33,6 +36,13 @@ class Backend(Protocol):
 
 class BackendError(RuntimeError):
     """A network that the backend cannot take. One line that names the file and what is wrong."""
+
+
+def _takes(declared: list[int | str | None], shape: tuple[int, ...]) -> bool:
+    """Whether a declared shape lets any number of rows of this shape pass."""
+    if len(declared) != len(shape) or isinstance(declared[0], int):
+        return False
+    return all(size in (actual, None) or isinstance(size, str) for size, actual in zip(declared, shape, strict=True))
 
 
 class OnnxBackend:
@@ -63,12 +73,15 @@ class OnnxBackend:
         self.inputs: dict[str, Array] = {}
         for node in self._session.get_inputs():
             shape = (max_rows, *sample_shape) if node.name == "x" else (max_rows,)
-            if node.type not in _DTYPES or len(node.shape) != len(shape):
+            if node.name not in _INPUTS or node.type not in _DTYPES or not _takes(node.shape, shape):
                 raise BackendError(f"{path}: input {node.name} is {node.type}{node.shape}, not what a step graph has")
             self.inputs[node.name] = np.zeros(shape, _DTYPES[node.type])
         output = self._session.get_outputs()[0]
-        if not {"x", "t"} <= set(self.inputs) or output.type not in _DTYPES:
+        if not {"x", "t"} <= set(self.inputs):
             raise BackendError(f"{path}: a step graph has the inputs x and t, this one has {', '.join(self.inputs)}")
+        if output.type not in _DTYPES or not _takes(output.shape, (max_rows, *sample_shape)):
+            said = f"output {output.name} is {output.type}{output.shape}"
+            raise BackendError(f"{path}: {said}, not what a step graph has")
         self._raw = np.zeros((max_rows, *sample_shape), _DTYPES[output.type])
         self._output = output.name
         self._bindings: dict[int, Any] = {}

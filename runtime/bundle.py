@@ -56,7 +56,7 @@ class ClassLabels(_Strict):
     """The condition of a class-conditional network: its input ``label``, int64."""
 
     names: tuple[str, ...] = Field(min_length=1)
-    null: int | None = None  # the label that means "no condition", if the network was trained with one
+    null: int | None = Field(default=None, ge=0)  # the label that means "no condition", if the network knows one
 
     @model_validator(mode="after")
     def _names_tell_apart(self) -> "ClassLabels":
@@ -124,6 +124,12 @@ class Manifest(_Strict):
     provenance: dict[str, str]  # who made it, from what, how
     metrics: dict[str, Any]  # measured quality, as the evaluation printed it
     files: dict[str, Sha256]  # every file but the manifest
+
+    @model_validator(mode="after")
+    def _guidance_has_a_null_label(self) -> "Manifest":
+        if self.guidance.mode == "classifier-free" and (self.labels is None or self.labels.null is None):
+            raise ValueError("classifier-free guidance needs labels.null, the label of the call without condition")
+        return self
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ class Bundle:
 
 def embedded_names() -> list[str]:
     """The bundles that come with the package."""
-    return sorted(path.name for path in EMBEDDED.iterdir() if (path / MANIFEST).is_file())
+    return sorted(manifest.parent.name for manifest in EMBEDDED.glob(f"*/{MANIFEST}"))
 
 
 def write_manifest(path: Path, fields: Mapping[str, Any]) -> Manifest:
@@ -288,7 +294,8 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
 
 
 def _files_below(path: Path) -> list[str]:
-    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    files = (file for file in path.rglob("*") if file.is_symlink() or not file.is_dir())
+    return sorted(file.relative_to(path).as_posix() for file in files)
 
 
 def _sha256(path: Path) -> str:

@@ -18,9 +18,9 @@ import numpy as np
 from ..kernels import fused_step, pack_rows
 from ..kernels.fused_step import Array, Scratch
 from .backends import Backend, OnnxBackend
-from .bundle import Bundle
-from .request import DeadlineExpired, QueueFull, Request, Sample, SampleFailed, Ticket
-from .scheduler import Scheduler, fail
+from .bundle import Bundle, BundleError
+from .request import DeadlineExpired, EngineStopped, QueueFull, Request, Sample, SampleFailed, Ticket
+from .scheduler import Scheduler
 from .slots import Slots
 from .tableau import Tableau
 
@@ -72,12 +72,15 @@ class Engine:
         self._has_uncond = bundle.manifest.guidance.mode == "classifier-free"
         outputs = max_rows * (2 if self._has_uncond else 1)
         if backend is None:
-            cores = threads or len(os.sched_getaffinity(0))
+            cores = threads or (
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            )
             self._backend: Backend = OnnxBackend(bundle.network, outputs, shape, cores)
         else:
             self._backend = backend(bundle, outputs)
+        self._refuse_other_inputs()
         self._input = self._backend.inputs["x"].reshape(outputs, elements)
-        self._slots = Slots(max_rows, self._input, max(t.history for t in bundle.tableaus.values()))
+        self._slots = Slots(max_rows, self._input, max(t.num_places for t in bundle.tableaus.values()))
         self._scratch = Scratch(max_rows, elements)
         self._uncond = np.full(max_rows, -1, np.int32)
         self._tableaus: list[Tableau] = []
@@ -86,7 +89,8 @@ class Engine:
         for tableau in bundle.tableaus.values():
             self._rows(tableau)
         self._scheduler = Scheduler()
-        self._lock = threading.Lock()  # around the scheduler
+        self._is_closed = False
+        self._lock = threading.Lock()  # around the scheduler and the counters; no future is touched under it
 
     # --- asking
 
@@ -102,20 +106,28 @@ class Engine:
         Raises:
             ValueError: a request does not fit the student; the message names the field.
             QueueFull: there is no room for all of them.
+            EngineStopped: the engine was closed.
         """
         for request in requests:
             self._refuse_misfit(request)
         now_s = time.monotonic()
         tickets = [Ticket(request, Future(), now_s) for request in requests]
+        over: list[Ticket] = []
         with self._lock:
+            if self._is_closed:
+                raise EngineStopped(f"{self.bundle.name} is shutting down")
             if len(self._scheduler) + len(tickets) > self.max_waiting:
-                self._scheduler.drop_cancelled()
+                over = self._scheduler.drop(now_s)
             waiting = len(self._scheduler)
-            if waiting + len(tickets) > self.max_waiting:
+            is_full = waiting + len(tickets) > self.max_waiting
+            if is_full:
                 self.counters.rejected += len(tickets)
-                raise QueueFull(waiting, self.max_waiting, self._seconds_to_start(waiting))
-            for ticket in tickets:
-                self._scheduler.add(ticket)
+            else:
+                for ticket in tickets:
+                    self._scheduler.add(ticket)
+        self._end(over, "waiting")
+        if is_full:
+            raise QueueFull(waiting, self.max_waiting, self._seconds_to_start(waiting))
         self.on_submit()
         return [ticket.future for ticket in tickets]
 
@@ -134,6 +146,11 @@ class Engine:
             if on_step:
                 on_step(sum(future.done() for future in futures))
         return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Accept nothing more; what was accepted is still made."""
+        with self._lock:
+            self._is_closed = True
 
     @property
     def num_waiting(self) -> int:
@@ -174,17 +191,11 @@ class Engine:
         return True
 
     def _let_go(self, now_s: float) -> None:
-        for i in reversed(range(len(self._slots))):
-            ticket = self._slots.tickets[i]
-            deadline_s = ticket.request.deadline_s
-            if ticket.future.cancelled():
-                self.counters.cancelled += 1
-            elif deadline_s is not None and now_s > deadline_s:
-                self.counters.expired += 1
-                fail(ticket, DeadlineExpired("the deadline passed while the sample was being made"))
-            else:
-                continue
+        over = [i for i, ticket in enumerate(self._slots.tickets) if ticket.is_over(now_s)]
+        tickets = [self._slots.tickets[i] for i in over]
+        for i in reversed(over):
             self._slots.remove(i)
+        self._end(tickets, "running")
 
     def _admit(self, now_s: float) -> None:
         first = len(self._slots)
@@ -192,7 +203,8 @@ class Engine:
         if not places or not len(self._scheduler):
             return
         with self._lock:
-            tickets = list(self._scheduler.take(places, now_s))
+            tickets, over = self._scheduler.take(places, now_s)
+        self._end(over, "waiting")
         guidance = self.bundle.manifest.guidance
         labels = self.bundle.manifest.labels
         for ticket in tickets:
@@ -239,10 +251,9 @@ class Engine:
             ticket, pixels = slots.tickets[i], slots.x[i].copy()
             slots.remove(i)
             if not np.isfinite(pixels).all():
-                self.counters.failed += 1
-                fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
+                self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
             elif ticket.future.set_running_or_notify_cancel():
-                self.counters.finished += 1
+                self._count("finished")
                 ticket.future.set_result(
                     Sample(
                         pixels.reshape(self.bundle.manifest.sample_shape),
@@ -252,13 +263,31 @@ class Engine:
                     )
                 )
             else:
-                self.counters.cancelled += 1
+                self._count("cancelled")
 
     def _fail_running(self, error: Exception) -> None:
-        for i in reversed(range(len(self._slots))):
-            self.counters.failed += 1
-            fail(self._slots.tickets[i], error)
-            self._slots.remove(i)
+        tickets = list(self._slots.tickets)
+        self._slots.tickets.clear()
+        for ticket in tickets:
+            self._fail(ticket, error)
+
+    # --- ends: each ticket comes to exactly one, and is counted there
+
+    def _end(self, over: Sequence[Ticket], state: str) -> None:
+        for ticket in over:
+            self._fail(ticket, DeadlineExpired(f"the deadline passed while the sample was {state}"), "expired")
+
+    def _fail(self, ticket: Ticket, error: Exception, end: str = "failed") -> None:
+        """End a request without a sample; a cancelled one is told to those who wait for its future."""
+        if ticket.future.set_running_or_notify_cancel():
+            self._count(end)
+            ticket.future.set_exception(error)
+        else:
+            self._count("cancelled")
+
+    def _count(self, end: str) -> None:
+        with self._lock:
+            setattr(self.counters, end, getattr(self.counters, end) + 1)
 
     # --- tables and checks
 
@@ -268,13 +297,21 @@ class Engine:
         if known is None:
             self.bundle.refuse_misfit(tableau)
             self._tableaus.append(tableau)
-            history = max(t.history for t in self._tableaus)
+            history = max(t.num_places for t in self._tableaus)
             packed = [t.step_rows(self.bundle.manifest.output.prediction()) for t in self._tableaus]
             self._table = pack_rows([row for rows in packed for row in rows], history)
             self._slots.deepen(history)
             start = sum(len(rows) for rows in packed[:-1])
             known = self._rows_of[tableau.sha256] = range(start, start + len(packed[-1]))
         return known
+
+    def _refuse_other_inputs(self) -> None:
+        manifest, inputs = self.bundle.manifest, self._backend.inputs
+        said = {"label": manifest.labels is not None, "guidance": manifest.guidance.mode == "embedded"}
+        for name, is_said in said.items():
+            if is_said != (name in inputs):
+                takes = "takes" if name in inputs else "does not take"
+                raise BundleError(f"{self.bundle.path}: the network {takes} {name}, against what the manifest says")
 
     def _refuse_misfit(self, request: Request) -> None:
         labels, guidance = self.bundle.manifest.labels, self.bundle.manifest.guidance
@@ -327,7 +364,9 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish everything accepted, then end the thread."""
+        """Accept nothing more, finish everything accepted, then end the thread."""
+        for engine in self._engines:
+            engine.close()
         self._stopping = True
         self._wake.set()
         self._thread.join()
@@ -340,8 +379,9 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             self._wake.clear()
+            is_last = self._stopping  # read first: what came in before it is seen by the steps below
             worked = [engine.step() for engine in self._engines]  # each has its turn
             if not any(worked):
-                if self._stopping:
+                if is_last:
                     return
                 self._wake.wait()

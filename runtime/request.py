@@ -56,6 +56,10 @@ class DeadlineExpired(RequestError):
     """Given up: its deadline passed before it was finished."""
 
 
+class EngineStopped(RequestError):
+    """Not accepted: the engine is shutting down."""
+
+
 class SampleFailed(RequestError):
     """The network or the update gave no usable sample."""
 
@@ -68,3 +72,8 @@ class Ticket:
     future: Future[Sample]
     submitted_s: float
     started_s: float = 0.0
+
+    def is_over(self, now_s: float) -> bool:
+        """Whether nobody wants the sample any more: cancelled, or past its deadline."""
+        deadline_s = self.request.deadline_s
+        return self.future.cancelled() or (deadline_s is not None and now_s > deadline_s)

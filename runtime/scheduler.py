@@ -1,14 +1,14 @@
 """The scheduler: which waiting request starts next. It schedules requests; solvers are tables.
 
 Highest priority first, then first come. It owns the waiting line and nothing else: running requests belong to
-the slots. Cancelled and expired requests are dropped when they come up, or when the line is full.
+the slots. Cancelled and expired requests are dropped when they come up, or when the line is full. Ending
+them is the engine's work, after the lock: a future's callbacks may submit again.
 """
 
 import heapq
-from collections.abc import Iterator
 from itertools import count
 
-from .request import DeadlineExpired, Ticket
+from .request import Ticket
 
 
 class Scheduler:
@@ -25,26 +25,22 @@ class Scheduler:
         """Put a request at the end of its priority."""
         heapq.heappush(self._line, (-ticket.request.priority, next(self._arrival), ticket))
 
-    def drop_cancelled(self) -> None:
-        """Forget the requests nobody waits for any more."""
-        self._line = [entry for entry in self._line if not entry[2].future.cancelled()]
+    def drop(self, now_s: float) -> list[Ticket]:
+        """Take out the requests that are cancelled or past their deadline, wherever they stand."""
+        line, self._line, dropped = self._line, [], []
+        for entry in line:
+            if entry[2].is_over(now_s):
+                dropped.append(entry[2])
+            else:
+                self._line.append(entry)
         heapq.heapify(self._line)
+        return dropped
 
-    def take(self, places: int, now_s: float) -> Iterator[Ticket]:
-        """Take up to ``places`` requests that still want their sample, in order; fail those past their deadline."""
-        while places and self._line:
+    def take(self, places: int, now_s: float) -> tuple[list[Ticket], list[Ticket]]:
+        """Take up to ``places`` requests that still want their sample, in order, and those found over on the way."""
+        wanted: list[Ticket] = []
+        over: list[Ticket] = []
+        while len(wanted) < places and self._line:
             ticket = heapq.heappop(self._line)[2]
-            deadline_s = ticket.request.deadline_s
-            if ticket.future.cancelled():
-                continue
-            if deadline_s is not None and now_s > deadline_s:
-                fail(ticket, DeadlineExpired("the deadline passed while the request was waiting"))
-                continue
-            places -= 1
-            yield ticket
-
-
-def fail(ticket: Ticket, error: Exception) -> None:
-    """End a request without a sample, unless it was cancelled meanwhile."""
-    if ticket.future.set_running_or_notify_cancel():
-        ticket.future.set_exception(error)
+            (over if ticket.is_over(now_s) else wanted).append(ticket)
+        return wanted, over
