@@ -1,0 +1,114 @@
+"""What several test files need: small real students, each exported once a session."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from fewstep.export import write_bundle
+from fewstep.runtime import Bundle, Tableau
+from fewstep.runtime.bundle import MANIFEST, NETWORK, write_manifest
+from fewstep.runtime.schedules import karras
+from fewstep.runtime.solvers import ancestral, ddim, dpmpp_2m, heun
+from fewstep.training.network import NetworkConfig, UNet
+
+SAMPLE_SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="session")
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a student's folder: ``make_bundle(is_guided=False, seed=0, nan_label=None)``.
+
+    The same arguments give the same folder, so a test that alters one copies it first (see `bundle_copy`).
+    ``is_guided`` asks for classifier-free guidance from 1 to 5; ``nan_label`` is a label that the network
+    answers with NaN.
+    """
+    made: dict[tuple[bool, int, int | None], Path] = {}
+
+    def make(is_guided: bool = False, seed: int = 0, nan_label: int | None = None) -> Path:
+        key = (is_guided, seed, nan_label)
+        if key not in made:
+            out = tmp_path_factory.mktemp("bundles") / "student"
+            if nan_label is None:
+                torch.set_num_threads(1)
+                notice = {"NOTICE": b"Made for a test.\n"}
+                write_bundle(out, network(seed), tables(), fields(is_guided), extra_files=notice)
+            else:
+                shutil.copytree(make(is_guided, seed), out)
+                poison_label(out, nan_label)
+            made[key] = out
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def baked(make_bundle: Callable[..., Path]) -> Bundle:
+    """A student that runs once a step: its guidance is in the weights."""
+    return Bundle.load(make_bundle())
+
+
+@pytest.fixture(scope="session")
+def guided(make_bundle: Callable[..., Path]) -> Bundle:
+    """A student with classifier-free guidance, 1 to 5."""
+    return Bundle.load(make_bundle(is_guided=True))
+
+
+@pytest.fixture
+def bundle_copy(make_bundle: Callable[..., Path], tmp_path: Path) -> Path:
+    """A student's folder to spoil."""
+    return Path(shutil.copytree(make_bundle(), tmp_path / "student"))
+
+
+def tables() -> list[Tableau]:
+    """One table of each solver at several step counts, on EDM's levels."""
+    built = [solver(karras(steps)) for solver in (ancestral, ddim, dpmpp_2m) for steps in (1, 2, 3, 4, 8)]
+    return [*built, heun(karras(2)), heun(karras(4))]
+
+
+def network(seed: int) -> UNet:
+    """A network whose every weight is random, so that every input reaches the output."""
+    net = UNet(NetworkConfig(SAMPLE_SHAPE, num_classes=10, channels=8, blocks=1, patch=2, fine_channels=8, heads=2))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+def fields(is_guided: bool) -> dict[str, Any]:
+    """The manifest's fields, all but those that `write_bundle` fills in."""
+    return {
+        "name": "digits-guided" if is_guided else "digits",
+        "version": "1",
+        "description": "Random weights, for tests.",
+        "sample_shape": SAMPLE_SHAPE,
+        "path": "ve",
+        "output": {"type": "edm", "sigma_data": 0.5},
+        "labels": {"names": [f"digit {i}" for i in range(10)], "null": 10},
+        "guidance": {"mode": "classifier-free", "default": 2.0, "minimum": 1.0, "maximum": 5.0} if is_guided else {},
+        "default_tableau": {"solver": "ancestral", "num_steps": 4},
+        "licence": "CC0-1.0",
+        "provenance": {"weights": "random"},
+        "metrics": {},
+    }
+
+
+def poison_label(path: Path, label: int) -> None:
+    """Set one row of the label embedding to NaN, and make the manifest agree with the file."""
+    model = onnx.load(path / NETWORK)
+    (embedding,) = [w for w in model.graph.initializer if w.name.startswith("label.weight")]
+    weights = numpy_helper.to_array(embedding).copy()
+    weights[label] = np.nan
+    embedding.CopyFrom(numpy_helper.from_array(weights, embedding.name))
+    onnx.save(model, path / NETWORK)
+    manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+    del manifest["format"], manifest["files"]
+    write_manifest(path, manifest)
