@@ -13,8 +13,8 @@ table row too (``a = k_m = 0``, ``c = sigma[0]``). A term whose weight is zero i
 unused memory never matters. Sums run in float32 in the order written, each product and sum rounded once: the
 result does not depend on the company a row keeps.
 
-`step_reference` says it row by row; `fused_step` is the vectorised form that serves on the CPU. Both have the
-signature that the CUDA kernel has.
+`step_reference` says it row by row. `fused_step` does it: compiled where there is a compiler (`native`), in numpy
+(`step_numpy`) where not. All have the signature that the CUDA kernel has, and give the same bits.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .native import native_step
 from .noise import Floats, normals
 
 Array = NDArray[Any]
@@ -142,7 +143,7 @@ def fused_step(
     network_input: Array,
     scratch: Scratch | None = None,
 ) -> None:
-    """`step_reference` for all rows at once, to the same bits. No array of the batch's size is allocated.
+    """Move each batch row by one table row, all at once: `step_reference`, to the same bits.
 
     Args:
         table: see `step_reference`, as are the others.
@@ -154,8 +155,30 @@ def fused_step(
         guidance: see there.
         seed: see there.
         network_input: see there.
-        scratch: working memory for at least as many rows; allocated when left out.
+        scratch: working memory for at least as many rows, for numpy; allocated when left out.
     """
+    arrays = (table, row, x, history, raw, uncond, guidance, seed, network_input)
+    native = native_step()
+    is_float32 = raw.dtype == network_input.dtype == np.float32
+    if native is not None and is_float32 and all(array.flags.c_contiguous for array in arrays):
+        native.step(*arrays)
+    else:
+        step_numpy(*arrays, scratch)
+
+
+def step_numpy(
+    table: Array,
+    row: NDArray[np.int32],
+    x: Floats,
+    history: Floats,
+    raw: Array,
+    uncond: NDArray[np.int32],
+    guidance: Floats,
+    seed: NDArray[np.uint64],
+    network_input: Array,
+    scratch: Scratch | None = None,
+) -> None:
+    """`step_reference` for all rows at once, to the same bits. No array of the batch's size is allocated."""
     rows, elements = x.shape
     scratch = scratch or Scratch(rows, elements)
     w = table[row]

@@ -87,25 +87,10 @@ def _server(bundle: str | None, port: int) -> Iterator[tuple["subprocess.Popen[s
         if " at http://" not in line:
             raise SettingsError("the server did not start; its message is above")
         host, _, number = line.split(" at http://")[1].split()[0].rpartition(":")
-        address = (host, int(number))
-        _wait_until_ready(address, process)
-        yield process, address
+        yield process, (host, int(number))
     finally:
         process.terminate()
         process.wait()
-
-
-def _wait_until_ready(address: tuple[str, int], process: "subprocess.Popen[str]") -> None:
-    for _ in range(300):
-        try:
-            _ask(address, "GET", "/v2/health/ready")
-        except OSError:
-            if process.poll() is not None:
-                break
-            time.sleep(0.1)
-        else:
-            return
-    raise SettingsError("the server did not become ready; its message is above")
 
 
 def _generate(address: tuple[str, int], **body: Any) -> dict[str, Any]:

@@ -14,9 +14,14 @@ from .settings import Settings, SettingsError
 
 
 class _DrainingServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, greeting: str) -> None:
         super().__init__(config)
         self._service = service
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._greeting, flush=True)  # only now would a connection be accepted
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.is_draining = True
@@ -49,5 +54,5 @@ def serve(settings: Settings) -> None:
         raise SettingsError(f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}") from None
     host, port = listener.getsockname()[:2]
     names = ", ".join(service.engines)
-    print(f"fewstep serves {names} at http://{host}:{port}  (page at /, API at /docs; Ctrl-C ends)", flush=True)  # noqa: T201
-    _DrainingServer(config, service).run(sockets=[listener])
+    greeting = f"fewstep serves {names} at http://{host}:{port}  (page at /, API at /docs; Ctrl-C ends)"
+    _DrainingServer(config, service, greeting).run(sockets=[listener])

@@ -1,0 +1,165 @@
+"""How much of the server's CPU time is the network: bare ONNX Runtime over the whole serving process.
+
+    python benchmarks/cpu_efficiency.py --json docs/results/cpu_efficiency.json
+
+Bare: the student's step graph called in a loop at the batch size the server reached, CPU time per image.
+Server: the serving process under 32 clients, one image a request, its whole CPU time (from the operating
+system) per image. Both alternate in one run, and the figure is the median of the pairwise ratios; 1 would mean
+that HTTP, JSON, scheduling, the solver step, noise, PNG and base64 cost nothing.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.runtime import Bundle
+from fewstep.runtime.backends import OnnxBackend
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", default=None, help="a folder or an embedded name; the embedded student")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of load in each round")
+    parser.add_argument("--threads", type=int, default=1, help="of one network call, in both")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    bundle = Bundle.load(options.bundle)
+    command = [sys.executable, "-m", "fewstep.cli", "serve", str(bundle.path), "--port", "0"]
+    server = subprocess.Popen([*command, "--threads", str(options.threads)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        host, _, port = server.stdout.readline().split(" at http://")[1].split()[0].rpartition(":")
+        address = (host, int(port))
+        check(address, bundle)
+        load(address, bundle, options.clients, 1.0)  # warm
+        rows = round(batch_of(address, lambda: load(address, bundle, options.clients, 1.0)))
+        bare = Bare(bundle, rows, options.threads)
+        rounds = []
+        for _ in range(options.rounds):
+            bare_ms = bare.cpu_ms_per_image(options.seconds / 2)
+            before_s = cpu_seconds(server.pid)
+            images, took_s, latencies = load(address, bundle, options.clients, options.seconds)
+            server_ms = 1000 * (cpu_seconds(server.pid) - before_s) / images
+            rounds.append({"bare_ms": bare_ms, "server_ms": server_ms, "images_per_s": images / took_s,
+                           "p50_ms": 1000 * statistics.median(latencies)})  # fmt: skip
+            print(f"bare {bare_ms:.3f} ms, server {server_ms:.3f} ms an image: {bare_ms / server_ms:.3f}", flush=True)
+    finally:
+        server.terminate()
+        server.wait()
+    efficiency = statistics.median(r["bare_ms"] / r["server_ms"] for r in rounds)
+    result: dict[str, Any] = {
+        "command": "python benchmarks/cpu_efficiency.py",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "bundle": bundle.name,
+        "clients": options.clients,
+        "rows_per_call": rows,
+        "cpu_efficiency": round(efficiency, 4),
+        "rounds": rounds,
+    }
+    print(f"CPU efficiency {efficiency:.3f} at {options.clients} clients, {rows} rows a call")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+class Bare:
+    """The network alone."""
+
+    def __init__(self, bundle: Bundle, rows: int, threads: int) -> None:
+        self.steps = bundle.manifest.default_tableau.num_steps
+        self.rows = rows
+        self.backend = OnnxBackend(bundle.network, rows, bundle.manifest.sample_shape, threads)
+        rng = np.random.default_rng(0)
+        self.backend.inputs["x"][:] = rng.standard_normal(self.backend.inputs["x"].shape)
+        self.backend(rows)
+
+    def cpu_ms_per_image(self, seconds: float) -> float:
+        """CPU time of one image's network calls."""
+        calls, start_s, end_s = 0, time.process_time(), time.perf_counter() + seconds
+        while time.perf_counter() < end_s:
+            self.backend(self.rows)
+            calls += 1
+        return 1000 * (time.process_time() - start_s) / (calls * self.rows) * self.steps
+
+
+def load(address: tuple[str, int], bundle: Bundle, clients: int, seconds: float) -> tuple[int, float, list[float]]:
+    """Closed-loop load: images made, seconds taken, latency of each request."""
+    latencies: list[float] = []
+    prompt = bundle.manifest.labels.names[0] if bundle.manifest.labels else ""
+    end_s = time.perf_counter() + seconds
+
+    def client(number: int) -> None:
+        connection = http.client.HTTPConnection(*address)
+        body = json.dumps({"prompt": prompt, "seed": number})
+        while (start_s := time.perf_counter()) < end_s:
+            connection.request("POST", "/v1/images/generations", body)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200
+            latencies.append(time.perf_counter() - start_s)
+        connection.close()
+
+    start_s = time.perf_counter()
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(latencies), time.perf_counter() - start_s, latencies
+
+
+def check(address: tuple[str, int], bundle: Bundle) -> None:
+    """The server must make what the engine makes before it is timed."""
+    from fewstep.runtime import Engine, Request
+    from fewstep.runtime.pictures import encode
+
+    label = 0 if bundle.manifest.labels else None
+    (sample,) = Engine(bundle, threads=1).generate([Request(5, bundle.tableau(), label)])
+    connection = http.client.HTTPConnection(*address)
+    prompt = bundle.manifest.labels.names[0] if bundle.manifest.labels else ""
+    connection.request("POST", "/v1/images/generations", json.dumps({"prompt": prompt, "seed": 5}))
+    answer = json.loads(connection.getresponse().read())
+    import base64
+
+    assert base64.b64decode(answer["data"][0]["b64_json"]) == encode(sample.to_uint8())
+
+
+def batch_of(address: tuple[str, int], work: Any) -> float:
+    """Mean rows of a network call while ``work`` runs."""
+
+    def counts() -> tuple[float, float]:
+        connection = http.client.HTTPConnection(*address)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        found = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("nv_")}
+        return found["nv_inference_count"], found["nv_inference_exec_count"]
+
+    rows, calls = counts()
+    work()
+    rows_after, calls_after = counts()
+    return (rows_after - rows) / (calls_after - calls)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process, all threads, from the kernel."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

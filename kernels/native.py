@@ -1,0 +1,129 @@
+"""The compiled CPU build of the fused step: made by the machine's own C++ compiler, once, and kept.
+
+The source travels with the package; the library stands in the user's cache folder under the hash of source,
+flags and processor. Where there is no compiler, or what it made does not give the reference's bits, there is
+no native build and numpy does the work: to the same bits, so nothing else changes.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .noise import Floats, normals
+
+log = logging.getLogger("fewstep")
+
+Array = NDArray[Any]
+
+_FOLDER = Path(__file__).parent
+_SOURCES = ("cpu.cpp", "fewstep_step.h")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+class NativeStep:
+    """The loaded library; its two functions have the signatures of their numpy twins."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_long
+        self._step, self._normals = library.fewstep_step, library.fewstep_normals
+        self._step.argtypes = [pointer, number, pointer, number, number, number, *[pointer] * 7]
+        self._normals.argtypes = [pointer, pointer, number, number, pointer]
+        self._step.restype = self._normals.restype = None
+
+    def step(
+        self,
+        table: Array,
+        row: NDArray[np.int32],
+        x: Floats,
+        history: Floats,
+        raw: Array,
+        uncond: NDArray[np.int32],
+        guidance: Floats,
+        seed: NDArray[np.uint64],
+        network_input: Array,
+    ) -> None:
+        """`fused_step`, for C-contiguous arrays and a float32 network."""
+        (rows, elements), slots = x.shape, history.shape[1]
+        self._step(
+            table.ctypes.data, table.strides[0], row.ctypes.data, rows, elements, slots, x.ctypes.data,
+            history.ctypes.data, raw.ctypes.data, uncond.ctypes.data, guidance.ctypes.data, seed.ctypes.data,
+            network_input.ctypes.data,
+        )  # fmt: skip
+
+    def normals(self, seed: NDArray[np.uint64], noise_id: NDArray[np.uint32], out: Floats) -> None:
+        """`noise.normals` into ``out``, C-contiguous."""
+        rows, elements = out.shape
+        self._normals(seed.ctypes.data, noise_id.ctypes.data, rows, elements, out.ctypes.data)
+
+
+@cache
+def native_step() -> NativeStep | None:
+    """The native build, compiled now if it has to be; None where there is none."""
+    try:
+        path = _built()
+        if path is None:
+            return None
+        native = NativeStep(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("no native step, numpy does its work: %s", error)
+        return None
+    seed, noise_id = np.array([2**63 + 7, 1], np.uint64), np.array([0, 2**32 - 1], np.uint32)
+    out = np.empty((2, 61), np.float32)
+    native.normals(seed, noise_id, out)
+    if not np.array_equal(out, normals(seed, noise_id, 61)):
+        log.warning("no native step, numpy does its work: %s gives other bits than the reference", path)
+        return None
+    return native
+
+
+def _built() -> Path | None:
+    key = hashlib.sha256(" ".join(_FLAGS).encode() + _processor())
+    for name in _SOURCES:
+        key.update((_FOLDER / name).read_bytes())
+    name = f"fewstep-cpu-{key.hexdigest()[:24]}.so"
+    for folder in _cache_folders():
+        if (folder / name).is_file():
+            return folder / name
+        compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+        if compiler is None:
+            log.info("no C++ compiler, so numpy does the fused step")
+            return None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as made:
+                library = Path(made) / name
+                command = [compiler, *_FLAGS, "-o", str(library), str(_FOLDER / "cpu.cpp")]
+                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                library.replace(folder / name)  # whole or not at all, whoever else builds it now
+            return folder / name
+        except OSError:  # a folder that cannot be written: try the next
+            continue
+    return None
+
+
+def _cache_folders() -> list[Path]:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return [Path(base) / "fewstep", Path(tempfile.gettempdir()) / f"fewstep-{user}"]
+
+
+def _processor() -> bytes:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}".encode()
