@@ -227,6 +227,9 @@ class Bundle:
                 continue
             try:
                 tableau = Tableau.load(path / name)
+            except TableauError as error:  # which names the file
+                raise BundleError(str(error)) from None
+            try:
                 bundle.refuse_misfit(tableau)
             except TableauError as error:
                 raise BundleError(f"{path / name}: {error}") from None
