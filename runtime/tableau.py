@@ -9,16 +9,20 @@ fresh and standard normal. So a solver is a table, not a class: the functions in
 `kernels.fused_step` runs any of them. A two-stage method takes two rows (see `solvers.heun`). Nothing but
 ``x`` and the last few ``m`` is carried from row to row.
 
+Nobody types the numbers in: `tracer` compiles a solver written as ordinary code into its table.
+
 A table is a file: safetensors, float64, its header in the metadata. It says which weights it was fitted to.
 """
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -35,6 +39,17 @@ FORMAT = 1
 MAX_ROWS, MAX_HISTORY = 1024, 16
 _EXACT = 1e-9  # how far the closed forms may miss the invariants, relative to the largest level
 _ARRAYS = ("alpha", "sigma", "t", "a", "b", "c")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_NUMBER = (int, float)
+_HEADER: dict[str, Any] = {  # what each entry of a file's header may be
+    "name": str,
+    "form": str,
+    "residual": _NUMBER,
+    "start": (*_NUMBER, NoneType),
+    "clip": (list, NoneType),
+    "weights_sha256": str,
+    "provenance": dict,
+}
 
 
 class TableauError(ValueError):
@@ -62,6 +77,7 @@ class Tableau:
     b: Array  #     [rows, history]  weight of m[i - j]; column 0 is the newest
     c: Array  #     [rows]           weight of fresh noise; zero in a deterministic solver
     residual: float = 0.0  # how far rows may miss the invariants: learned tables do so on purpose, and say so
+    start: float | None = None  # scale of the initial noise, where it is not sigma[0]
     clip: tuple[float, float] | None = None  # bounds of m, for tables that clip x0
     weights_sha256: str = "any"  # the network the table was fitted to
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -71,6 +87,8 @@ class Tableau:
             array = np.array(getattr(self, name), np.float64)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
+        if not _NAME.fullmatch(self.name):
+            raise TableauError(f"{self.name!r} is no name for a table: 1 to 64 of A-Z a-z 0-9 . _ + -")
         self._refuse_bad_shapes()
         for name in _ARRAYS:
             bad = np.argwhere(~np.isfinite(getattr(self, name)))
@@ -80,8 +98,16 @@ class Tableau:
             raise TableauError(f"{self.name}: form {self.form!r} is not one of {', '.join(FORMS)}")
         if not 0 <= self.residual < 1e6:
             raise TableauError(f"{self.name}: residual {self.residual} is not a small positive number")
+        if self.start is not None and not 0 < self.start < np.inf:
+            raise TableauError(f"{self.name}: start {self.start} is not a positive number")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise TableauError(f"{self.name}: clip {self.clip} is not (lower, upper)")
+        for name in ("alpha", "sigma"):
+            low = int(getattr(self, name).argmin())
+            if getattr(self, name)[low] < 0:
+                raise TableauError(f"{self.name}: {name}[{low}] is negative: {getattr(self, name)[low]:g}")
+        if self.alpha[-1] == 0:
+            raise TableauError(f"{self.name}: the last row must end at data, not at alpha = 0")
         for i in range(self.num_steps):
             if self.b[i, i + 1 :].any():
                 raise TableauError(f"{self.name}: row {i} reads a prediction from before the first row")
@@ -91,7 +117,7 @@ class Tableau:
             raise TableauError(f"{self.name}: the last row must add no noise, c = {self.c[-1]:g}")
         for what, miss in zip(("mean", "variance"), self.misses(), strict=True):
             worst = int(np.abs(miss).argmax())
-            if abs(miss[worst]) > max(self.residual, _EXACT) * (1 + 1e-6):
+            if not abs(miss[worst]) <= max(self.residual, _EXACT) * (1 + 1e-6):  # also when it overflowed
                 raise TableauError(f"{self.name}: row {worst} misses the {what} of its level by {miss[worst]:.3g}")
 
     def _refuse_bad_shapes(self) -> None:
@@ -103,7 +129,7 @@ class Tableau:
         expected = {"alpha": rows + 1, "sigma": rows + 1, "t": rows, "b": rows, "c": rows}
         for name, length in expected.items():
             array = getattr(self, name)
-            if len(array) != length or (name != "b" and array.ndim != 1):
+            if array.shape[:1] != (length,) or (name != "b" and array.ndim != 1):
                 raise TableauError(f"{self.name}: {name} has shape {list(array.shape)}, {rows} rows need {length}")
 
     @property
@@ -115,6 +141,33 @@ class Tableau:
     def history(self) -> int:
         """How many predictions a row may read, the newest included."""
         return int(self.b.shape[1])
+
+    @property
+    def initial_scale(self) -> float:
+        """Standard deviation of the noise that a sample starts from."""
+        return float(self.sigma[0]) if self.start is None else self.start
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Where each row puts its prediction in the history memory; -1: nowhere, no row reads it.
+
+        A prediction keeps its place until the last row that reads it, and the lowest free place is taken, so a
+        table needs as many places as predictions are alive at once, however far back it reaches.
+        """
+        last_read = np.full(self.num_steps, -1)
+        for i, j in np.argwhere(self.b):
+            last_read[i - j] = max(last_read[i - j], i)
+        places: list[int] = []
+        for i in range(self.num_steps):
+            taken = {places[k] for k in range(max(0, i - self.history), i) if last_read[k] >= i}
+            free = next(place for place in range(i + 1) if place not in taken)
+            places.append(free if last_read[i] >= i else -1)
+        return tuple(places)
+
+    @property
+    def num_places(self) -> int:
+        """Predictions that must be kept at once, the newest included."""
+        return max(1, *(place + 1 for place in self.places))
 
     @property
     def is_stochastic(self) -> bool:
@@ -133,16 +186,16 @@ class Tableau:
         heard = np.zeros((self.num_steps, 2))
         for j in range(self.history):
             heard[j:] += self.b[j:, j, None] * said[: self.num_steps - j]
-        mean = self.a * self.alpha[:-1] + heard[:, 0] - self.alpha[1:]
-        variance = (self.a * self.sigma[:-1] + heard[:, 1]) ** 2 + self.c**2 - self.sigma[1:] ** 2
-        return mean / self.alpha.max(), variance / self.sigma.max() ** 2
+        with np.errstate(all="ignore"):  # levels too large to square give NaN, which is no small miss
+            mean = self.a * self.alpha[:-1] + heard[:, 0] - self.alpha[1:]
+            variance = (self.a * self.sigma[:-1] + heard[:, 1]) ** 2 + self.c**2 - self.sigma[1:] ** 2
+            return mean / self.alpha.max(), variance / self.sigma.max() ** 2
 
     def step_rows(self, prediction: Prediction) -> list[StepRow]:
         """The table as the kernel reads it, for a network with this prediction type.
 
-        ``rows + 1`` of them: the first makes the initial latent, ``sigma[0] * noise``. History slots are a
-        ring of ``history`` places, so table row ``i`` writes place ``i % history`` and its weights are turned
-        to match.
+        ``rows + 1`` of them: the first makes the initial latent, ``initial_scale * noise``. Predictions are
+        written to their `places`, and the weights stand in the order of the places.
 
         Raises:
             ValueError: the form cannot be had from the prediction type at one of the levels.
@@ -150,15 +203,15 @@ class Tableau:
         scale = [prediction.c_in(a, s) for a, s in zip(self.alpha[:-1], self.sigma[:-1], strict=True)]
         low, high = self.clip or (-np.inf, np.inf)
         start = StepRow(
-            k_x=0, k_m=0, clip_min=low, clip_max=high, a=0, b=(), c=float(self.sigma[0]), c_in=scale[0],
+            k_x=0, k_m=0, clip_min=low, clip_max=high, a=0, b=(), c=self.initial_scale, c_in=scale[0],
             write_slot=-1, noise_id=0,
         )  # fmt: skip
         rows = [start]
         for i in range(self.num_steps):
             k_x, k_m = prediction.to_form(self.form, float(self.alpha[i]), float(self.sigma[i]))
-            ring = [0.0] * self.history
-            for j in range(min(self.history, i + 1)):
-                ring[(i - j) % self.history] = float(self.b[i, j])
+            weights = [0.0] * self.num_places
+            for j in np.flatnonzero(self.b[i]):
+                weights[self.places[i - j]] = float(self.b[i, j])
             rows.append(
                 StepRow(
                     k_x=k_x,
@@ -166,10 +219,10 @@ class Tableau:
                     clip_min=low,
                     clip_max=high,
                     a=float(self.a[i]),
-                    b=tuple(ring),
+                    b=tuple(weights),
                     c=float(self.c[i]),
                     c_in=scale[i + 1] if i + 1 < self.num_steps else 0.0,
-                    write_slot=i % self.history,
+                    write_slot=self.places[i],
                     noise_id=i + 1,
                     t=float(self.t[i]),
                 )
@@ -187,6 +240,8 @@ class Tableau:
             "weights_sha256": self.weights_sha256,
             "provenance": dict(sorted(self.provenance.items())),
         }
+        if self.start is not None:
+            header["start"] = self.start
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         return safetensors.numpy.save(arrays, {"fewstep_tableau": json.dumps(header, sort_keys=True)})
 
@@ -224,14 +279,23 @@ class Tableau:
             header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fewstep_tableau"])
         except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
             raise TableauError(f"{source}: is not a fewstep table") from None
+        if not isinstance(header, dict):
+            raise TableauError(f"{source}: is not a fewstep table")
         if header.get("format") != FORMAT:
             raise TableauError(f"{source}: table format {header.get('format')}, this version reads {FORMAT}")
         fields = {"name", "form", "residual", "clip", "weights_sha256", "provenance"}
-        if set(arrays) != set(_ARRAYS) or set(header) != {*fields, "format"}:
-            odd = sorted((set(arrays) ^ set(_ARRAYS)) | (set(header) ^ {*fields, "format"}))
+        named = set(header) - {"start"}
+        if set(arrays) != set(_ARRAYS) or named != {*fields, "format"}:
+            odd = sorted((set(arrays) ^ set(_ARRAYS)) | (named ^ {*fields, "format"}))
             raise TableauError(f"{source}: unknown or missing entries: {', '.join(odd)}")
+        for name, kind in _HEADER.items():
+            if not isinstance(header.get(name), kind) or isinstance(header.get(name), bool):
+                raise TableauError(f"{source}: {name} is {header.get(name)!r}")
         clip = tuple(header["clip"]) if header["clip"] else None
+        if clip and (len(clip) != 2 or not all(isinstance(bound, _NUMBER) for bound in clip)):
+            raise TableauError(f"{source}: clip is {header['clip']!r}, not two numbers")
         try:
-            return cls(**arrays, **{name: header[name] for name in fields - {"clip"}}, clip=clip)
-        except TypeError as error:
+            rest = {name: header[name] for name in fields - {"clip"}}
+            return cls(**arrays, **rest, clip=clip, start=header.get("start"))
+        except (TypeError, TableauError) as error:
             raise TableauError(f"{source}: {error}") from None

@@ -1,0 +1,82 @@
+"""The solvers: each is a function from noise levels to a `Tableau`, citing its paper and equation.
+
+    x[i+1] = a[i] * x[i] + sum_j b[i, j] * m[i-j] + c[i] * noise                                  (1)
+
+Each is written once as ordinary code and compiled by `tracer`; nobody expands algebra by hand. All end in the
+same way: at ``sigma = 0`` the answer is the last ``x0`` itself (or, in a method that extrapolates eps, its
+extrapolation).
+
+    one_step             ddim, ancestral, euler, flow_euler, consistency, lcm, tcd
+    runge_kutta          heun with churn, flow_heun
+    adams                pndm, ipndm, deis
+    dpm                  dpm_solver and dpmpp, single-step, multistep and SDE
+    predictor_corrector  unipc, sa_solver
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from ..schedules import Levels
+from ..tableau import Tableau
+from .adams import deis, ipndm, pndm
+from .dpm import dpm_solver, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_sde, dpmpp_3s
+from .one_step import ancestral, consistency, ddim, ddpm, euler, euler_ancestral, flow_euler, lcm, tcd
+from .predictor_corrector import sa_solver, unipc
+from .runge_kutta import flow_heun, heun
+
+# By the name of the table they make with their defaults.
+SOLVERS: dict[str, Callable[[Levels], Tableau]] = {
+    "ancestral": ancestral,
+    "consistency": consistency,
+    "ddim": ddim,
+    "ddpm": ddpm,
+    **{f"deis_{order}": partial(deis, order=order) for order in range(4)},
+    **{f"deis_rho_{order}": partial(deis, order=order, variable="rho") for order in range(1, 4)},
+    **{f"deis_log_rho_{order}": partial(deis, order=order, variable="log_rho") for order in range(1, 4)},
+    **{f"dpm_solver_{order}": partial(dpm_solver, order=order) for order in range(1, 4)},
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_2s": dpmpp_2s,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_3s": dpmpp_3s,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "flow_euler": flow_euler,
+    "flow_heun": flow_heun,
+    "heun": heun,
+    **{f"ipndm_{order}": partial(ipndm, order=order) for order in range(1, 5)},
+    "lcm": lcm,
+    "pndm": pndm,
+    "sa_solver": sa_solver,
+    "tcd": tcd,
+    "unipc_2": partial(unipc, order=2),
+    "unipc_3": partial(unipc, order=3),
+}
+
+__all__ = [
+    "SOLVERS",
+    "ancestral",
+    "consistency",
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpm_solver",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
+    "dpmpp_3s",
+    "euler",
+    "euler_ancestral",
+    "flow_euler",
+    "flow_heun",
+    "heun",
+    "ipndm",
+    "lcm",
+    "pndm",
+    "sa_solver",
+    "tcd",
+    "unipc",
+]
