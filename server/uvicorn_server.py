@@ -3,6 +3,7 @@
 On SIGTERM or SIGINT the server stops being ready, refuses new work, answers what it has accepted, and leaves.
 """
 
+import signal
 import socket
 from types import FrameType
 
@@ -35,6 +36,7 @@ def serve(settings: Settings) -> None:
         BundleError: a bundle cannot be loaded.
         SettingsError: the address cannot be listened on.
     """
+    signal.signal(signal.SIGTERM, _leave)  # uvicorn hands the signal back to it when all is answered
     service = Service(settings)
     config = uvicorn.Config(
         create_app(service),
@@ -56,3 +58,7 @@ def serve(settings: Settings) -> None:
     names = ", ".join(service.engines)
     greeting = f"fewstep serves {names} at http://{host}:{port}  (page at /, API at /docs; Ctrl-C ends)"
     _DrainingServer(config, service, greeting).run(sockets=[listener])
+
+
+def _leave(*_: object) -> None:
+    raise SystemExit(0)

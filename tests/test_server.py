@@ -1,0 +1,371 @@
+"""The HTTP server as its users meet it: a process of its own, stock clients, bad input, and leaving in good order."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from fewstep.runtime import Bundle, Engine, Request
+
+Address = tuple[str, int]
+
+
+@contextmanager
+def serving(*arguments: str | Path) -> Iterator[tuple["subprocess.Popen[str]", Address]]:
+    """A server process, ready; stopped at the end."""
+    command = [sys.executable, "-m", "fewstep.cli", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r" at http://([\d.]+):(\d+) ", line)
+        assert found, process.stderr.read() if process.stderr else line
+        yield process, (found[1], int(found[2]))
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+@pytest.fixture(scope="module")
+def address(make_bundle: Callable[..., Path]) -> Iterator[Address]:
+    """A server with two students, the first of them without guidance."""
+    with serving(make_bundle(), make_bundle(is_guided=True)) as (_, address):
+        yield address
+
+
+def ask(address: Address, method: str, path: str, body: Any = None) -> tuple[int, Any, dict[str, str]]:
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, data)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    headers = {name.lower(): value for name, value in answer.getheaders()}
+    is_json = headers.get("content-type", "").startswith("application/json")
+    return answer.status, json.loads(content) if is_json else content.decode(), headers
+
+
+def generate(address: Address, **body: Any) -> Any:
+    status, answer, _ = ask(address, "POST", "/v1/images/generations", body)
+    assert status == 200, answer
+    return answer
+
+
+def decode(image: str) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
+
+
+def metric(address: Address, name: str, **labels: str) -> float:
+    _, text, _ = ask(address, "GET", "/metrics")
+    values = [
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+    assert values, name
+    return sum(values)
+
+
+# --- what is asked for is what comes
+
+
+def test_an_image_is_the_one_the_engine_makes(address: Address, make_bundle: Callable[..., Path]) -> None:
+    bundle = Bundle.load(make_bundle())
+    (sample,) = Engine(bundle, threads=1).generate([Request(7, bundle.tableau("ddim", 3), 4)])
+    answer = generate(address, prompt="digit 4", seed=7, solver="ddim", num_inference_steps=3)
+    assert np.array_equal(decode(answer["data"][0]["b64_json"]), sample.to_uint8()[:, :, 0])
+    assert (answer["solver"], answer["num_inference_steps"], answer["model"]) == ("ddim", 3, "digits")
+    assert answer["data"][0]["seed"] == 7
+    assert answer["size"] == "8x8"
+    assert all(value >= 0 for value in answer["timings"].values())
+
+
+def test_image_i_of_n_is_the_image_of_seed_plus_i(address: Address) -> None:
+    several = generate(address, prompt="3", n=3, seed=40)["data"]
+    single = [generate(address, prompt="3", seed=40 + i)["data"][0] for i in range(3)]
+    assert several == single
+
+
+def test_without_a_seed_images_differ_and_the_seed_is_told(address: Address) -> None:
+    first, second = (generate(address, prompt="3")["data"][0] for _ in range(2))
+    assert first["b64_json"] != second["b64_json"]
+    assert generate(address, prompt="3", seed=first["seed"])["data"][0] == first
+
+
+def test_guidance_changes_a_guided_student(address: Address) -> None:
+    answers = [generate(address, model="digits-guided", prompt="3", seed=1, guidance_scale=g) for g in (1, 2, 4)]
+    assert len({answer["data"][0]["b64_json"] for answer in answers}) == 3
+    default = generate(address, model="digits-guided", prompt="3", seed=1)
+    assert default["data"] == answers[1]["data"]
+    assert default["guidance_scale"] == 2
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+def test_every_format_decodes(address: Address, image_format: str) -> None:
+    answer = generate(address, prompt="1", output_format=image_format, response_format="url")
+    kind, _, data = answer["data"][0]["url"].partition(";base64,")
+    assert kind == f"data:image/{image_format}"
+    assert decode(data).shape[:2] == (8, 8)
+
+
+def test_the_stock_openai_client_works_unchanged(address: Address) -> None:
+    client = openai.OpenAI(base_url=f"http://{address[0]}:{address[1]}/v1", api_key="none")
+    answer = client.images.generate(
+        model="digits", prompt="digit 7", n=2, size="auto", response_format="b64_json", user="a", quality="auto",
+        extra_body={"seed": 5, "num_inference_steps": 2},
+    )  # fmt: skip
+    assert answer.data is not None
+    assert [decode(image.b64_json or "").shape for image in answer.data] == [(8, 8)] * 2
+    assert (answer.model_extra or {})["num_inference_steps"] == 2
+    assert [(image.model_extra or {})["seed"] for image in answer.data] == [5, 6]
+    assert [model.id for model in client.models.list()] == ["digits", "digits-guided"]
+    assert client.models.retrieve("digits").owned_by == "fewstep"
+    with pytest.raises(openai.BadRequestError, match="prompt: 'digit 77' is no class of this student"):
+        client.images.generate(model="digits", prompt="digit 77")
+    with pytest.raises(openai.NotFoundError, match="model: 'dall-e-3' is not served"):
+        client.images.generate(model="dall-e-3", prompt="digit 7")
+    client.close()
+
+
+def test_models_say_what_a_request_may_ask_for(address: Address) -> None:
+    _, answer, _ = ask(address, "GET", "/v1/models")
+    first = answer["data"][0]
+    assert first["labels"][3] == "digit 3"
+    for table in first["tableaus"]:
+        generate(address, prompt="0", solver=table["solver"], num_inference_steps=table["num_steps"])
+
+
+def test_health_metrics_page_and_documentation_answer(address: Address) -> None:
+    assert ask(address, "GET", "/v2/health/live")[:2] == (200, {"live": True})
+    assert ask(address, "GET", "/v2/health/ready")[:2] == (200, {"ready": True})
+    before = metric(address, "nv_inference_request_success", model="digits")
+    generate(address, prompt="1", n=4)
+    assert metric(address, "nv_inference_request_success", model="digits") == before + 4
+    assert metric(address, "nv_inference_count") >= metric(address, "nv_inference_exec_count") > 0
+    assert "<title>fewstep</title>" in ask(address, "GET", "/")[1]
+    schema = ask(address, "GET", "/openapi.json")[1]
+    body = schema["paths"]["/v1/images/generations"]["post"]["requestBody"]
+    assert "num_inference_steps" in body["content"]["application/json"]["schema"]["properties"]
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field", "message"),
+    [
+        ({"prompt": "shoe"}, 400, "prompt", "prompt: 'shoe' is no class of this student; it has 0 to 9: digit 0"),
+        ({"prompt": "10"}, 400, "prompt", "prompt: '10' is no class"),
+        ({"prompt": "-1"}, 400, "prompt", "prompt: '-1' is no class"),
+        ({"prompt": "1", "model": "x"}, 404, "model", "model: 'x' is not served; there is: digits, digits-guided"),
+        ({"prompt": "1", "num_inference_steps": 5}, 400, "num_inference_steps", "no table for ancestral with 5 steps"),
+        ({"prompt": "1", "num_inference_steps": 0}, 400, "num_inference_steps", "greater than or equal to 1"),
+        ({"prompt": "1", "solver": "magic"}, 400, "solver", "solver: digits has no table for magic"),
+        ({"prompt": "1", "n": 0}, 400, "n", "n: input should be greater than or equal to 1, got 0"),
+        ({"prompt": "1", "n": 65}, 400, "n", "n: at most 64 images in one request, got 65"),
+        ({"prompt": "1", "n": "many"}, 400, "n", "n: input should be a valid integer"),
+        ({"prompt": "1", "size": "512x512"}, 400, "size", "size: digits makes 8x8, got '512x512'"),
+        ({"prompt": "1", "seed": -1}, 400, "seed", "seed: input should be greater than or equal to 0"),
+        ({"prompt": "1", "seed": 2**64}, 400, "seed", "seed: "),
+        ({"prompt": "1", "guidance_scale": 3}, 400, "guidance_scale", "takes 1 only: its guidance is fixed"),
+        ({"prompt": "1", "sede": 3}, 400, "sede", "sede is not a field; did you mean seed?"),
+        ({"prompt": "1", "response_format": "gif"}, 400, "response_format", "response_format: input should be"),
+        ({"prompt": ["1"]}, 400, "prompt", "prompt: "),
+        (b"{", 400, None, "the body is not JSON"),
+        (b"", 400, None, "the body is not JSON"),
+        (b"[1]", 400, None, "the body: input should be an object"),
+        (b"\xff\xfe", 400, None, "the body is not JSON"),
+        (b'{"prompt": "' + b"a" * (1 << 20) + b'"}', 413, None, "the body is larger than 1048576 bytes"),
+        ({"prompt": "1", "model": "digits-guided", "guidance_scale": 9}, 400, "guidance_scale", "takes 1 to 5"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_field(
+    address: Address, body: Any, status: int, field: str | None, message: str
+) -> None:
+    got, answer, _ = ask(address, "POST", "/v1/images/generations", body)
+    assert got == status
+    assert answer["error"]["param"] == field
+    assert message in answer["error"]["message"]
+    assert "\n" not in answer["error"]["message"]
+    generate(address, prompt="1")  # and the server goes on
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/images/generations", 405),
+        ("GET", "/v1/models/nobody", 404),
+        ("POST", "/v1/models", 405),
+        ("GET", "/../../etc/passwd", 404),
+    ],
+)
+def test_other_paths_answer_with_an_error_object(address: Address, method: str, path: str, status: int) -> None:
+    got, answer, _ = ask(address, method, path)
+    assert got == status
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_half_a_request_and_garbage_do_not_stop_the_server(address: Address) -> None:
+    for data in (b"\x00" * 100, b"POST /v1/images/generations HTTP/1.1\r\nContent-Length: 50\r\n\r\n{"):
+        with socket.create_connection(address) as raw:
+            raw.sendall(data)
+    generate(address, prompt="1")
+
+
+# --- under load
+
+
+def test_a_full_queue_is_429_and_says_when_to_come_back(make_bundle: Callable[..., Path]) -> None:
+    with serving(make_bundle(), "--max-waiting", "4", "--max-rows", "1") as (_, address):
+        status, answer, headers = ask(address, "POST", "/v1/images/generations", {"prompt": "1", "n": 64})
+        assert status == 429
+        assert answer["error"]["code"] == "queue_full"
+        assert int(headers["retry-after"]) >= 1
+        assert float(headers["retry-after-ms"]) > 0
+        assert metric(address, "nv_inference_request_failure", reason="REJECTED") == 64
+        generate(address, prompt="1", n=4)
+
+
+def test_a_deadline_that_cannot_be_met_is_504(address: Address) -> None:
+    body = {"prompt": "1", "deadline_ms": 1e-6}
+    status, answer, _ = ask(address, "POST", "/v1/images/generations", body)
+    assert (status, answer["error"]["param"]) == (504, "deadline_ms")
+
+
+def test_requests_of_a_client_that_goes_away_are_cancelled(make_bundle: Callable[..., Path]) -> None:
+    with serving(make_bundle(), "--max-rows", "1") as (_, address):
+        generate(address, prompt="1")
+        body = json.dumps({"prompt": "1", "n": 64, "solver": "heun", "num_inference_steps": 7}).encode()
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        for _ in range(8):
+            with socket.create_connection(address) as raw:
+                raw.sendall(head + body)
+                time.sleep(0.02)
+        start_s = time.monotonic()
+        while metric(address, "fewstep_running_rows") + metric(address, "nv_inference_pending_request_count"):
+            assert time.monotonic() - start_s < 20
+            time.sleep(0.01)
+        assert metric(address, "nv_inference_request_failure", reason="CANCELED") > 0
+        made = metric(address, "nv_inference_request_success")
+        assert made + metric(address, "nv_inference_request_failure", reason="CANCELED") == 8 * 64 + 1
+
+
+def test_mixed_requests_at_once_give_the_bits_of_each_alone(address: Address) -> None:
+    rng = np.random.default_rng(0)
+    _, models, _ = ask(address, "GET", "/v1/models")
+    bodies = []
+    for i in range(120):
+        model = models["data"][int(rng.integers(2))]
+        table = model["tableaus"][int(rng.integers(len(model["tableaus"])))]
+        body = {"model": model["id"], "prompt": str(rng.integers(10)), "seed": i, "n": int(rng.integers(1, 4))}
+        bodies.append(body | {"solver": table["solver"], "num_inference_steps": table["num_steps"]})
+        if model["id"] == "digits-guided":
+            bodies[-1]["guidance_scale"] = float(rng.integers(1, 5))
+    alone = [generate(address, **body)["data"] for body in bodies]
+    together: list[Any] = [None] * len(bodies)
+
+    def client(first: int) -> None:
+        for i in range(first, len(bodies), 24):
+            together[i] = generate(address, **bodies[i])["data"]
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_sigterm_answers_what_was_accepted_and_exits_0(make_bundle: Callable[..., Path]) -> None:
+    with serving(make_bundle(), "--max-rows", "2") as (process, address):
+        generate(address, prompt="1")
+        answers: list[Any] = []
+
+        def client(seed: int) -> None:
+            answers.append(ask(address, "POST", "/v1/images/generations", {"prompt": "2", "n": 40, "seed": seed}))
+
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        parts = ("nv_inference_pending_request_count", "fewstep_running_rows", "nv_inference_request_success")
+        while sum(metric(address, part) for part in parts) < 1 + 8 * 40:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        assert [status for status, *_ in answers] == [200] * 8
+        assert process.wait(timeout=30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+# --- starting
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/folder"], "no/such/folder: no such folder, and no embedded bundle of that name"),
+        (["--config", "missing.toml"], "missing.toml: cannot be read: No such file or directory"),
+        (["--max-rows", "0"], "max_rows = 0: Input should be greater than or equal to 1"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_in_one_line(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "fewstep.cli", "serve", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"fewstep: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_taken_port_is_named(make_bundle: Callable[..., Path], address: Address) -> None:
+    command = [sys.executable, "-m", "fewstep.cli", "serve", str(make_bundle()), "--port", str(address[1])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"fewstep: 127.0.0.1:{address[1]} cannot be listened on: Address already in use\n"
+
+
+def test_settings_come_from_the_file_and_flags_win(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "fewstep.toml"
+    file.write_text(f'bundles = ["{make_bundle()}"]\nmax_images = 2\nmax_waiting = 1\n')
+    with serving("--config", file, "--max-waiting", "64") as (_, address):
+        generate(address, prompt="1", n=2)
+        assert ask(address, "POST", "/v1/images/generations", {"prompt": "1", "n": 3})[0] == 400
+    file.write_text("max_image = 2\n")
+    command = [sys.executable, "-m", "fewstep.cli", "serve", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "fewstep: max_image is not a setting; did you mean max_images?\n"
+
+
+def test_the_first_image_of_a_cold_process_takes_at_most_three_seconds(make_bundle: Callable[..., Path]) -> None:
+    before = os.times()
+    with serving(make_bundle()) as (_, address):
+        generate(address, prompt="1")
+    after = os.times()
+    used_s = after.children_user - before.children_user + after.children_system - before.children_system
+    assert used_s < 3  # CPU time: what it takes on a machine that is not busy with something else
