@@ -380,7 +380,7 @@ def test_the_invariants_hold_in_every_form(form: Form) -> None:
         a[i], b[i, 0] = ratio + weight * k_x, weight * k_m
     assert Tableau("toy", form, alpha, sigma, np.zeros(2), a, b, np.zeros(2)).form == form
     with pytest.raises(TableauError, match=r"^toy: row [01] misses the (mean|variance) of its level by "):
-        Tableau("toy", form, alpha, sigma, np.zeros(2), a, b + [0.1], np.zeros(2))
+        Tableau("toy", form, alpha, sigma, np.zeros(2), a, b + 0.1, np.zeros(2))
 
 
 # --- files
