@@ -1,0 +1,333 @@
+"""Training: recipes, data, the exact resume, and a few-step student of digits that beats its teacher's few steps."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.runtime.prediction import Prediction
+from fewstep.runtime.schedules import karras
+from fewstep.runtime.solvers import ancestral, ddim, dpmpp_2m
+from fewstep.training import (
+    CheckpointError,
+    DataError,
+    Denoiser,
+    NetworkConfig,
+    Recipe,
+    RecipeError,
+    TrainingError,
+    UNet,
+    load_checkpoint,
+    load_images,
+    load_recipe,
+    precondition,
+    sample,
+    train,
+)
+from fewstep.training.distillation import posterior
+from fewstep.training.evaluate import frechet
+from fewstep.training.recipe import recipe_from
+
+TINY = """
+name = "tiny"
+[data]
+source = "digits"
+sigma_data = 0.75
+[network]
+channels = 8
+blocks = 1
+patch = 1
+fine_channels = 8
+attention = false
+[teacher]
+images = 2_400
+batch = 16
+checkpoint_every = 800
+[student]
+images = 2_400
+batch = 16
+checkpoint_every = 800
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the digits recipe, shortened, and evaluated at four steps only."""
+    recipe = load_recipe("digits")
+    short = dataclasses.replace(
+        recipe,
+        teacher=dataclasses.replace(recipe.teacher, images=38_400),
+        evaluation=dataclasses.replace(
+            recipe.evaluation, samples=500, step_counts=(4,), noise_seeds=1, classifier_images=20_000
+        ),
+    )
+    out = tmp_path_factory.mktemp("digits")
+    train(short, out, quiet=True)
+    return out
+
+
+def losses(path: Path) -> list[list[str]]:
+    """The rows of a log without the one column that tells the time."""
+    with path.open(newline="") as file:
+        return [row[:-1] for row in csv.reader(file)]
+
+
+def test_the_teacher_learns(digits: Path) -> None:
+    rows = losses(digits / "teacher" / "log.csv")[1:]
+    assert float(rows[-1][2]) < 0.6 * float(rows[0][2])
+
+
+def test_four_student_steps_beat_four_teacher_steps(digits: Path) -> None:
+    """Moment matching brings the teacher's quality into the student's few steps."""
+    arms = json.loads((digits / "metrics.json").read_text())["arms"]
+    assert arms["student ancestral 4"]["fd"] < 0.7 * arms["teacher ancestral 4"]["fd"]
+    assert arms["student ancestral 4"]["accuracy"] > 0.9
+
+
+def test_a_student_carries_what_export_needs(digits: Path) -> None:
+    student = load_checkpoint(digits / "student.safetensors")
+    assert student.sample_shape == (1, 8, 8)
+    assert student.class_names == tuple("0123456789")
+    assert student.sigmas == pytest.approx(karras(4, 0.25, 20.0).sigma[:-1])
+    assert (student.kind, student.guidance, student.images, student.licence) == ("student", 0.0, 9_600, "CC BY 4.0")
+    assert student.recipe.hash == json.loads((digits / "metrics.json").read_text())["recipe_hash"]
+
+
+def test_a_finished_run_is_not_run_again(digits: Path) -> None:
+    before = (digits / "student.safetensors").stat().st_mtime_ns
+    train(load_checkpoint(digits / "student.safetensors").recipe, digits, until="student", quiet=True)
+    assert (digits / "student.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """SIGKILL in the middle of the teacher and of the student changes no loss and no weight."""
+    recipe = recipe_file(tmp_path, TINY)
+    script = (
+        "import sys; from fewstep.training import load_recipe, train\n"
+        "train(load_recipe(sys.argv[1]), sys.argv[2], until='student', quiet=True)"
+    )
+    for stage in ("teacher", "student"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, recipe, tmp_path / "killed"], env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        wait_for(tmp_path / "killed" / stage / "state.safetensors", process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "killed" / f"{stage}.safetensors").exists()
+    train(load_recipe(recipe), tmp_path / "killed", until="student", quiet=True)
+    train(load_recipe(recipe), tmp_path / "whole", until="student", quiet=True)
+    for stage in ("teacher", "student"):
+        assert losses(tmp_path / "killed" / stage / "log.csv") == losses(tmp_path / "whole" / stage / "log.csv")
+    killed, whole = (load_checkpoint(tmp_path / run / "student.safetensors") for run in ("killed", "whole"))
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, killed.network.state_dict()[name]), name
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def recipe_file(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def tiny(**teacher: Any) -> Recipe:
+    recipe = recipe_from({"name": "tiny", "data": {"source": "digits"}, "network": {"channels": 8, "patch": 1}})
+    return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, images=800, batch=16, **teacher))
+
+
+def test_another_recipe_is_refused_by_the_difference(tmp_path: Path) -> None:
+    train(tiny(), tmp_path, until="teacher", quiet=True)
+    with pytest.raises(TrainingError, match=r"another recipe \(teacher.learning_rate: 0.001, here 0.01\)"):
+        train(tiny(learning_rate=0.01), tmp_path, until="teacher", quiet=True)
+    (tmp_path / "teacher.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"state.safetensors: made by another recipe"):
+        train(tiny(learning_rate=0.01), tmp_path, until="teacher", quiet=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^teacher: the loss of teacher is .* at step \d+; .*lower the learning"):
+        train(tiny(learning_rate=1e30, warmup_images=0), tmp_path, until="teacher", quiet=True)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    """Both see other images, and the error of either arrives as the one line it is."""
+    train(tiny(), tmp_path / "two", until="teacher", processes=2, quiet=True)
+    train(tiny(), tmp_path / "one", until="teacher", quiet=True)
+    one, two = (float(losses(tmp_path / run / "teacher" / "log.csv")[-1][2]) for run in ("one", "two"))
+    assert two == pytest.approx(one, rel=0.2)
+    with pytest.raises(TrainingError, match=r"^teacher: the loss of teacher .*lower the learning rate$"):
+        train(tiny(learning_rate=1e30, warmup_images=0), tmp_path, until="teacher", processes=2, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed = 1", r'name is missing; begin with name = "..."'),
+        ('name = "a"\n[teacher]\nlerning_rate = 1', r"\[teacher\] lerning_rate is not a setting; did you mean lea"),
+        ('name = "a"\n[teecher]\n', r"\[teecher\] is not a table; did you mean teacher"),
+        ('name = "a"\n[teacher]\nbatch = 1.5', r"\[teacher\] batch = 1.5 should be a whole number"),
+        ('name = "a"\n[network]\nattention = 1', r"\[network\] attention = 1 should be true or false"),
+        ('name = "a"\n[student]\nmethod = "dmd"', r"\[student\] method = 'dmd' should be one of 'moment-matching'"),
+        ('name = "a"\n[student]\nnum_steps = 0', r"\[student\] num_steps = 0 should be between 1 and 64"),
+        ('name = "a"\n[teacher]\nlearning_rate = nan', r"\[teacher\] learning_rate = nan should be at least 0"),
+        ('name = "a"\n[student]\nsigma_min = 50.0', r"\[student\] needs sigma_floor < sigma_min <= sigma_max"),
+        ('name = "a"\ndata = 3', r"data = 3 should be a table, \[data\]"),
+        ("name = ", r"not TOML"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=r"^recipe.toml: " + message) as error:
+        load_recipe(recipe_file(tmp_path, text))
+    assert "\n" not in str(error.value)
+
+
+def test_shipped_recipes_are_found_by_name_and_survive_their_text() -> None:
+    recipe = load_recipe("fashion-mnist-mm4")
+    assert recipe_from(json.loads(recipe.text)) == recipe
+    with pytest.raises(RecipeError, match=r"^nothing: no such recipe; .*digits, fashion-mnist-mm4"):
+        load_recipe("nothing")
+
+
+def test_a_recipe_that_does_not_suit_its_images_says_so(tmp_path: Path) -> None:
+    recipe = recipe_from({"name": "a", "data": {"source": "digits"}, "network": {"patch": 3}})
+    with pytest.raises(RecipeError, match=r"\[network\] does not suit the images: an image side of 8 is not"):
+        train(recipe, tmp_path, quiet=True)
+
+
+def test_npz_and_folders_of_images_hold_the_same_pixels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
+    labels = np.arange(10) % 2
+    np.savez(tmp_path / "a.npz", x_train=pixels, y_train=labels, x_test=pixels[:2], y_test=labels[:2])
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        folder = tmp_path / "images" / ("cat", "dog")[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    npz, folder_ = load_images("npz", tmp_path / "a.npz"), load_images("folder", tmp_path / "images")
+    assert npz.sample_shape == folder_.sample_shape == (3, 4, 4)
+    assert folder_.class_names == ("cat", "dog")
+    assert len(folder_.held_out_pixels) == 2
+    everything = np.concatenate([folder_.pixels, folder_.held_out_pixels]).reshape(10, -1)
+    assert {row.tobytes() for row in everything} == {row.tobytes() for row in npz.pixels.reshape(10, -1)}
+
+
+def test_bad_data_are_refused_by_the_name_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"missing.npz: no such file"):
+        load_images("npz", tmp_path / "missing.npz")
+    (tmp_path / "text.npz").write_text("not numbers")
+    with pytest.raises(DataError, match=r"text.npz: not a readable .npz file"):
+        load_images("npz", tmp_path / "text.npz")
+    np.savez(tmp_path / "half.npz", x_train=np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(DataError, match=r"half.npz: no array 'y_train'; it has x_train"):
+        load_images("npz", tmp_path / "half.npz")
+    images, labels = np.zeros((2, 4, 4), np.uint8), np.array([0, 7])
+    np.savez(tmp_path / "names.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    with pytest.raises(DataError, match=r"names.npz: labels run from 0 to 7, and there are 2 classes"):
+        load_images("npz", tmp_path / "names.npz", ("a", "b"))
+    (tmp_path / "folder" / "cat").mkdir(parents=True)
+    (tmp_path / "folder" / "cat" / "1.png").write_text("not an image")
+    with pytest.raises(DataError, match=r"1.png: not a readable image"):
+        load_images("folder", tmp_path / "folder")
+    with pytest.raises(DataError, match=r"needs a path"):
+        load_images("npz", None)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    with pytest.raises(CheckpointError, match=r"student.safetensors: no such file"):
+        load_checkpoint(path)
+    path.write_bytes(b"\x00" * 64)
+    with pytest.raises(CheckpointError, match=r"student.safetensors: not a readable checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.7, 40.0])
+def test_training_and_serving_precondition_alike(sigma: float) -> None:
+    """`denoiser` and the table's row say the same of the raw network."""
+    c_skip, c_out, c_in, t = (float(c) for c in precondition(torch.tensor(sigma, dtype=torch.float64), 0.7))
+    served = Prediction("edm", sigma_data=0.7)
+    assert served.to_form("x0", 1.0, sigma) == pytest.approx((c_skip, c_out))
+    assert served.c_in(1.0, sigma) == pytest.approx(c_in)
+    assert t == pytest.approx(np.log(sigma) / 4)
+
+
+@pytest.mark.parametrize("solver", [ddim, ancestral, dpmpp_2m])
+def test_every_solver_is_exact_when_there_is_one_image(solver: object) -> None:
+    """If the data prediction does not depend on the latent, one step and many end on it."""
+    x0 = torch.linspace(-1, 1, 16).reshape(1, 4, 4)
+
+    def network(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        sigma = torch.exp(4 * t)
+        c_skip, c_out, c_in, _ = (c[:, None, None, None] for c in precondition(sigma, 0.5))
+        return (x0 - c_skip * x / c_in) / c_out
+
+    for steps in (1, 5):
+        table = solver(karras(steps, 0.1, 10.0))  # type: ignore[operator]
+        x = sample(Denoiser(network, 0.5, 1), table, torch.zeros(3, dtype=torch.int64), (1, 4, 4), torch.Generator())
+        torch.testing.assert_close(x, x0.expand_as(x), atol=1e-4, rtol=0)
+
+
+def test_guidance_extrapolates_from_no_class() -> None:
+    def network(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return label[:, None, None, None].float().expand_as(x)
+
+    x, sigma, label = torch.zeros(2, 1, 2, 2), torch.ones(2), torch.tensor([0, 1])
+    plain, guided = (Denoiser(network, 1.0, 4, w)(x, sigma, label) for w in (0.0, 1.5))
+    nothing = Denoiser(network, 1.0, 4)(x, sigma, torch.tensor([4, 4]))
+    torch.testing.assert_close(guided, nothing + 2.5 * (plain - nothing))
+
+
+def test_the_posterior_keeps_the_marginal() -> None:
+    """From z_t = x + sigma_t eps and the true x, z_s is x + sigma_s noise: mean x, deviation sigma_s."""
+    rng = torch.Generator().manual_seed(0)
+    x, count = torch.full((40_000, 1, 1, 1), 0.3), 40_000
+    sigma_t, sigma_s = torch.full((count,), 2.0), torch.full((count,), 0.5)
+    z_t = x + 2.0 * torch.randn(x.shape, generator=rng)
+    z_s = posterior(z_t, x, sigma_t, sigma_s, rng)
+    assert z_s.mean().item() == pytest.approx(0.3, abs=5 * 0.5 / count**0.5)
+    assert z_s.std().item() == pytest.approx(0.5, abs=5 * 0.5 / (2 * count) ** 0.5)
+
+
+def test_frechet_of_diagonal_normals_is_the_distance_of_means_and_deviations() -> None:
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.5, 3.0])
+    distance = frechet(np.zeros(3), np.diag(a**2), np.ones(3), np.diag(b**2))
+    assert distance == pytest.approx(3 + ((a - b) ** 2).sum(), rel=1e-4)
+
+
+def test_a_row_of_the_network_does_not_depend_on_its_company() -> None:
+    torch.manual_seed(0)
+    network = UNet(NetworkConfig((1, 8, 8), 10, channels=16, blocks=1, patch=2)).eval()
+    torch.nn.init.normal_(network.fine_out.weight)
+    x, t, label = torch.randn(5, 1, 8, 8), torch.randn(5), torch.arange(5)
+    with torch.no_grad():
+        together, alone = network(x, t, label), network(x[:1], t[:1], label[:1])
+    torch.testing.assert_close(together[:1], alone)

@@ -1,0 +1,308 @@
+"""A run: teacher, student, evaluation, each taken up where the folder shows it was left.
+
+    out/recipe.json            every setting, defaults included
+    out/teacher/  student/     state.safetensors to resume from, log.csv, sample grids
+    out/teacher.safetensors    the finished networks; `load_checkpoint` reads them, export wants the student
+    out/student.safetensors
+    out/classifier.safetensors the judge's feature network
+    out/metrics.json  *.png    what came of it
+
+Devices and processes are Accelerate's: under ``accelerate launch`` its processes are used, else
+``processes`` are started here. On a CPU each keeps to one thread: two threads that contend for a core are
+slower than one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+
+from ..runtime.schedules import karras
+from ..runtime.solvers import ancestral, ddim, dpmpp_2m
+from ..runtime.tableau import Tableau
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .denoiser import Denoiser
+from .distillation import Distillation
+from .evaluate import Scores, make_judge, write_metrics
+from .images import Images, load_images, to_float
+from .loop import Plan, TrainingError, generator, train_plan
+from .moment_matching import moment_matching_plan
+from .network import NetworkConfig, UNet, channels_last
+from .recipe import Recipe, RecipeError
+from .sampling import sample, save_grid
+from .teacher import teacher_plan
+
+Stage = Literal["teacher", "student", "evaluation"]
+STAGES: tuple[Stage, ...] = ("teacher", "student", "evaluation")
+SOLVERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    processes: int = 1,
+    until: Stage = "evaluation",
+    quiet: bool = False,
+) -> Path:
+    """Train a teacher, distil a student, evaluate both.
+
+    What ``out`` already holds is kept and gone on from; a kill at any moment costs the work since the last
+    checkpoint and changes nothing in the result.
+
+    Args:
+        recipe: what to do; see `load_recipe`.
+        out: the run's folder.
+        data: where the images are, if not where the recipe says.
+        processes: processes to start, one a GPU or CPU core. The result depends on their number.
+        until: last stage to do.
+        quiet: print nothing.
+
+    Returns:
+        The path of the student's checkpoint.
+
+    Raises:
+        DataError: the images cannot be used.
+        RecipeError: the recipe does not suit the images.
+        TrainingError: a loss is not finite, or ``out`` belongs to another recipe.
+    """
+    out = Path(out)
+    images = read_data(recipe, data)  # before any process starts, so that an error is one line
+    out.mkdir(parents=True, exist_ok=True)
+    if processes == 1 or "RANK" in os.environ:
+        _work(0, recipe, out, images, until, quiet)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        try:
+            spawn(  # type: ignore[no-untyped-call]
+                _process, args=(processes, port, recipe, out, data, until, quiet), nprocs=processes
+            )
+        except ProcessRaisedException as error:
+            _, found, message = str(error).rpartition("TrainingError: ")
+            if found:
+                raise TrainingError(message.strip()) from None
+            raise
+    return out / "student.safetensors"
+
+
+def read_data(recipe: Recipe, data: str | Path | None) -> Images:
+    """The images of a recipe, from ``data`` if given; checked against the network's shape."""
+    images = load_images(recipe.data.source, data or recipe.data.path, recipe.data.class_names)
+    try:
+        network_config(recipe, images)
+    except ValueError as error:
+        raise RecipeError(f"[network] does not suit the images: {error}") from None
+    return images
+
+
+def network_config(recipe: Recipe, images: Images) -> NetworkConfig:
+    """The recipe's network for these images."""
+    return NetworkConfig(images.sample_shape, len(images.class_names), **dataclasses.asdict(recipe.network))
+
+
+def _process(
+    rank: int, count: int, port: int, recipe: Recipe, out: Path, data: str | Path | None, until: Stage, quiet: bool
+) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    _work(rank, recipe, out, read_data(recipe, data), until, quiet)
+    torch.distributed.destroy_process_group()
+
+
+def _work(rank: int, recipe: Recipe, out: Path, images: Images, until: Stage, quiet: bool) -> None:
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+    accelerator = Accelerator(cpu=cpu)
+    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process)
+    run = Run(recipe, out, images, accelerator, console)
+    last = STAGES.index(until)
+    teacher = run.teacher()
+    if last >= 1:
+        student = run.student(teacher)
+        if last >= 2:
+            run.evaluation(teacher, student)
+    accelerator.wait_for_everyone()
+
+
+class Run:
+    """The stages of one run, on one process of several."""
+
+    def __init__(self, recipe: Recipe, out: Path, images: Images, accelerator: Accelerator, console: Console) -> None:
+        self.recipe, self.out, self.images = recipe, out, images
+        self.accelerator, self.console = accelerator, console
+        self.sigma_data = recipe.data.sigma_data or round(images.sigma_data(), 3)
+        self.no_class = len(images.class_names)
+        levels = karras(recipe.student.num_steps, recipe.student.sigma_min, recipe.student.sigma_max)
+        self.sigmas = tuple(float(sigma) for sigma in levels.sigma[:-1])
+
+    def teacher(self) -> Checkpoint:
+        """Train the teacher, or load the finished one."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed)
+            network = UNet(network_config(self.recipe, self.images))
+        prepared = self._prepare(network)
+        plan = teacher_plan(self.recipe.teacher, prepared, self.sigma_data, self.no_class)
+        return self._finish(plan, network, "teacher", (), 0.0)
+
+    def student(self, teacher: Checkpoint) -> Checkpoint:
+        """Distil the student, or load the finished one."""
+        settings = self.recipe.student
+        student, auxiliary = UNet(teacher.network.config), UNet(teacher.network.config)
+        student.load_state_dict(teacher.network.state_dict())
+        auxiliary.load_state_dict(teacher.network.state_dict())
+        frozen = channels_last(teacher.network).to(self.accelerator.device)
+        distillation = Distillation(
+            teacher=self._denoiser(frozen, settings.guidance),
+            student=self._denoiser(self._prepare(student)),
+            auxiliary=self._denoiser(self._prepare(auxiliary)),
+            sigmas=self.sigmas,
+            sigma_floor=settings.sigma_floor,
+        )
+        plan = moment_matching_plan(settings, distillation)
+        return self._finish(plan, student, "student", self.sigmas, settings.guidance)
+
+    def _denoiser(self, network: nn.Module, guidance: float = 0.0) -> Denoiser:
+        return Denoiser(network, self.sigma_data, self.no_class, guidance)
+
+    def _prepare(self, network: UNet) -> nn.Module:
+        prepared = self.accelerator.prepare(channels_last(network))
+        assert isinstance(prepared, nn.Module)
+        return prepared
+
+    def _finish(self, plan: Plan, network: UNet, kind: str, sigmas: tuple[float, ...], guidance: float) -> Checkpoint:
+        """Carry out ``plan`` unless its result is there, and return the result."""
+        path = self.out / f"{kind}.safetensors"
+        if not path.exists():
+            averaged = train_plan(
+                plan, self.images, self.recipe, self.out / kind, self.accelerator, self.console, self._show
+            )
+            network.load_state_dict(averaged)
+            if self.accelerator.is_main_process:
+                checkpoint = Checkpoint(
+                    kind,
+                    network,
+                    self.recipe,
+                    self.images.class_names,
+                    self.sigma_data,
+                    sigmas,
+                    guidance,
+                    plan.steps * plan.batch,
+                    self.recipe.data.dataset,
+                    self.recipe.data.licence,
+                )
+                save_checkpoint(checkpoint, path)
+            self.accelerator.wait_for_everyone()
+        checkpoint = load_checkpoint(path)
+        differences = self.recipe.differences(checkpoint.recipe.text, student=kind == "student")
+        if differences:
+            raise TrainingError(f"{path}: made by another recipe ({'; '.join(differences[:3])}); use another folder")
+        return checkpoint
+
+    def _show(self, network: nn.Module, path: Path) -> None:
+        """Draw a few samples of every class, on the student's grid."""
+        kind = path.parent.name
+        denoiser = self._denoiser(network, self.recipe.student.guidance if kind == "teacher" else 0.0)
+        tableau = self._table("dpmpp_2m", 12, 0.02) if kind == "teacher" else self._table("ancestral")
+        classes, columns = min(10, self.no_class), 8
+        label = torch.arange(classes, device=self.accelerator.device).repeat_interleave(columns)
+        network.eval()
+        x = sample(denoiser, tableau, label, self.images.sample_shape, generator(self.recipe.seed, 11))
+        network.train()
+        save_grid(x, path, columns)
+
+    def _table(self, solver: str, num_steps: int | None = None, sigma_min: float | None = None) -> Tableau:
+        settings = self.recipe.student
+        return SOLVERS[solver](
+            karras(num_steps or settings.num_steps, sigma_min or settings.sigma_min, settings.sigma_max)
+        )
+
+    def evaluation(self, teacher: Checkpoint, student: Checkpoint) -> None:
+        """Judge teacher and student by many tables, and write ``metrics.json`` and the grids."""
+        settings, path = self.recipe.evaluation, self.out / "classifier.safetensors"
+        if self.accelerator.is_main_process:
+            make_judge(self.images, path, settings.classifier_images, self.recipe.seed)
+        self.accelerator.wait_for_everyone()
+        judge = make_judge(self.images, path, settings.classifier_images, self.recipe.seed)
+        arms = list(self._arms(teacher, student))
+        device = self.accelerator.device
+        for checkpoint in (teacher, student):
+            channels_last(checkpoint.network).to(device)
+
+        # The units, an arm with one noise seed each, are dealt out to the processes.
+        label = torch.arange(settings.samples) % self.no_class
+        units = [(name, seed) for name, _, _, seeds in arms for seed in range(seeds)]
+        mine: list[tuple[str, int, Scores]] = []
+        named = {name: (denoiser, tableau) for name, denoiser, tableau, _ in arms}
+        for name, seed in units[self.accelerator.process_index :: self.accelerator.num_processes]:
+            denoiser, tableau = named[name]
+            rng = generator(self.recipe.seed, 13, seed)
+            x = sample(denoiser, tableau, label.to(device), self.images.sample_shape, rng).cpu()
+            scores = judge.scores(x, label)
+            mine.append((name, seed, scores))
+            self.console.print(
+                f"{name}, noise {seed}: FD {scores.fd:.2f}, accuracy {scores.accuracy:.3f}, "
+                f"diversity {scores.diversity:.2f}",
+                highlight=False,
+            )
+            if seed == 0:
+                columns = 16
+                order = torch.argsort(label, stable=True)
+                first = torch.cat([order[label[order] == c][:columns] for c in range(self.no_class)])
+                save_grid(x[first], self.out / f"{name.replace(' ', '-')}.png", columns)
+        gathered = gather_object(mine) if self.accelerator.num_processes > 1 else mine
+        if self.accelerator.is_main_process:
+            real = to_float(self.images.held_out_pixels[: settings.samples])
+            floor = judge.scores(real, torch.from_numpy(self.images.held_out_labels[: settings.samples]))
+            write_metrics(
+                self.out / "metrics.json",
+                {
+                    "recipe": self.recipe.name, "recipe_hash": self.recipe.hash,
+                    "samples": settings.samples, "classifier_sha256": judge.sha256,
+                    "held_out": dataclasses.asdict(floor),
+                    "arms": {name: _summary(name, tableau, gathered) for name, _, tableau, _ in arms},
+                },
+            )  # fmt: skip
+
+    def _arms(self, teacher: Checkpoint, student: Checkpoint) -> Iterable[tuple[str, Denoiser, Tableau, int]]:
+        """What is compared: name, network, table, noise seeds."""
+        settings, steps = self.recipe.evaluation, self.recipe.student.num_steps
+        guided = self._denoiser(teacher.network, self.recipe.student.guidance)
+        few = self._denoiser(student.network)
+        yield "teacher dpmpp_2m 32", guided, self._table("dpmpp_2m", 32, 0.01), min(2, settings.noise_seeds)
+        for solver in SOLVERS:
+            yield f"teacher {solver} {steps}", guided, self._table(solver), 1
+        for solver in SOLVERS:
+            for count in sorted({*settings.step_counts, steps}):
+                seeds = settings.noise_seeds if count == steps else 1
+                yield f"student {solver} {count}", few, self._table(solver, count), seeds
+
+
+def _summary(name: str, tableau: Tableau, gathered: list[tuple[str, int, Scores]]) -> dict[str, object]:
+    """One arm's scores over its noise seeds."""
+    scores = [score for arm, _, score in sorted(gathered, key=lambda unit: unit[1]) if arm == name]
+    columns = torch.tensor([[score.fd, score.accuracy, score.diversity] for score in scores], dtype=torch.float64)
+    mean: Tensor = columns.mean(0)
+    by_class = torch.tensor([score.by_class for score in scores], dtype=torch.float64).mean(0)
+    return {
+        "num_steps": len(tableau.a),
+        "fd": float(mean[0]), "accuracy": float(mean[1]), "diversity": float(mean[2]),
+        "fd_by_seed": columns[:, 0].tolist(), "accuracy_by_class": by_class.tolist(),
+    }  # fmt: skip

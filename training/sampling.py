@@ -1,0 +1,74 @@
+"""Run a solver's table on a torch network, a whole batch at one step: what training looks at.
+
+Serving runs the same tables through `kernels`, row by row; this is the plain loop to hold it against.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..runtime.tableau import Tableau
+from .denoiser import Denoiser
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    tableau: Tableau,
+    label: Tensor,
+    sample_shape: tuple[int, int, int],
+    generator: torch.Generator,
+    batch: int = 128,
+) -> Tensor:
+    """Draw one sample for each label.
+
+    Args:
+        denoiser: predicts the data; on the device of ``label``.
+        tableau: a table of form x0 on the path ``alpha = 1``.
+        label: classes, ``[N]`` int64.
+        sample_shape: ``[C, H, W]``.
+        generator: source of all noise, on the CPU so that every device sees the same.
+        batch: rows of one network call.
+
+    Returns:
+        Samples ``[N, C, H, W]`` float32, not clipped.
+    """
+    if tableau.form != "x0":
+        raise ValueError(f"{tableau.name}: training samples tables of form x0, not {tableau.form}")
+    parts = []
+    for rows in torch.split(label, batch):
+
+        def noise(rows: Tensor = rows) -> Tensor:
+            return torch.randn(len(rows), *sample_shape, generator=generator).to(rows.device)
+
+        x = float(tableau.sigma[0]) * noise()
+        history: list[Tensor] = []  # newest first
+        for i in range(len(tableau.a)):
+            sigma = torch.full((len(rows),), float(tableau.sigma[i]), device=rows.device)
+            history = [denoiser(x, sigma, rows), *history][: tableau.b.shape[1]]
+            x = float(tableau.a[i]) * x
+            for weight, x0 in zip(tableau.b[i], history, strict=False):
+                x = x + float(weight) * x0
+            if tableau.c[i] != 0:
+                x = x + float(tableau.c[i]) * noise()
+        parts.append(x)
+    return torch.cat(parts)
+
+
+def save_grid(x: Tensor, path: Path, columns: int) -> None:
+    """Write samples ``[N, C, H, W]`` in [-1, 1] as one PNG, ``columns`` a line, small images enlarged."""
+    count, channels, height, width = x.shape
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    lines = -(-count // columns)
+    sheet = np.zeros((channels, lines * (height + 2), columns * (width + 2)), np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = i // columns * (height + 2), i % columns * (width + 2)
+        sheet[:, top : top + height, left : left + width] = image
+    picture = Image.fromarray(sheet[0] if channels == 1 else sheet.transpose(1, 2, 0))
+    zoom = max(1, 64 // max(height, width))
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
