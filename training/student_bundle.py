@@ -1,0 +1,103 @@
+"""From a checkpoint to a bundle: the network, the tables it is served with, and what is known of it.
+
+A student is served on the noise levels it was distilled on; the same range is cut into fewer and more steps
+for those who want them. A teacher gets classifier-free guidance, which the fused step combines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..export import Parity, write_bundle
+from ..runtime import Bundle, Tableau
+from ..runtime.schedules import karras
+from ..runtime.solvers import ancestral, ddim, dpmpp_2m
+from .checkpoint import Checkpoint, load_checkpoint
+
+STEPS = (1, 2, 3, 4, 6, 8)  # how many a student is offered with, beside its own number
+
+
+def export_checkpoint(
+    path: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    version: str = "1",
+    description: str | None = None,
+    notice: Path | None = None,
+    replace: bool = False,
+) -> tuple[Bundle, Parity]:
+    """Make a bundle of a trained network.
+
+    Args:
+        path: what `fewstep train` wrote; a ``metrics.json`` beside it goes into the manifest.
+        out: the bundle's folder.
+        name: the student's name; the recipe's when left out.
+        version: the student's version.
+        description: one sentence for people; made from the recipe when left out.
+        notice: a file with the notices that the data's licence asks for, copied as NOTICE.
+        replace: whether a bundle that is there already may be replaced.
+
+    Raises:
+        CheckpointError: the file is no trained network.
+        BundleError: the folder exists, or a field is not valid.
+    """
+    checkpoint = load_checkpoint(path)
+    metrics_file = path.parent / "metrics.json"
+    metrics = json.loads(metrics_file.read_text("utf-8")) if metrics_file.is_file() else {}
+    tables = list(_tables(checkpoint))
+    num_classes = len(checkpoint.class_names)
+    is_teacher = checkpoint.kind == "teacher"
+    steps = 16 if is_teacher else len(checkpoint.sigmas)
+    guidance = {"mode": "classifier-free", "default": 2.0, "minimum": 1.0, "maximum": 6.0} if is_teacher else {}
+    manifest: dict[str, Any] = {
+        "name": name or checkpoint.recipe.name,
+        "version": version,
+        "description": description or _describe(checkpoint),
+        "sample_shape": checkpoint.sample_shape,
+        "path": "ve",
+        "output": {"type": "edm", "sigma_data": checkpoint.sigma_data},
+        "labels": {"names": checkpoint.class_names, "null": num_classes} if num_classes else None,
+        "guidance": guidance,
+        "default_tableau": {"solver": "dpmpp_2m" if is_teacher else "ancestral", "num_steps": steps},
+        "licence": checkpoint.licence,
+        "provenance": {
+            "dataset": checkpoint.dataset,
+            "images_seen": str(checkpoint.images),
+            "method": "denoising, EDM" if is_teacher else checkpoint.recipe.student.method,
+            "guidance_baked_in": f"{1 + checkpoint.guidance:g}",
+            "recipe_sha256": checkpoint.recipe.hash,
+        },
+        "metrics": metrics,
+    }
+    files = {"recipe.json": checkpoint.recipe.text.encode()}
+    if notice is not None:
+        files["NOTICE"] = notice.read_bytes()
+    return write_bundle(out, checkpoint.network, tables, manifest, extra_files=files, replace=replace)
+
+
+def _tables(checkpoint: Checkpoint) -> Iterable[Tableau]:
+    if checkpoint.kind == "teacher":
+        for steps in (4, 6, 8, 16, 32):
+            levels = karras(steps, 0.05 if steps <= 8 else 0.01, 40.0)
+            yield from (ddim(levels), dpmpp_2m(levels))
+        return
+    sigma_max, sigma_min = checkpoint.sigmas[0], checkpoint.sigmas[-1]
+    for steps in sorted({*STEPS, len(checkpoint.sigmas)}):
+        levels = karras(steps, sigma_min, sigma_max)
+        yield from (ancestral(levels), ddim(levels))
+        if steps > 2:
+            yield dpmpp_2m(levels)
+
+
+def _describe(checkpoint: Checkpoint) -> str:
+    channels, height, width = checkpoint.sample_shape
+    size = f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
+    if checkpoint.kind == "teacher":
+        return f"Diffusion model of {checkpoint.dataset}, {size}, guided by a second call"
+    guided = f", guidance {1 + checkpoint.guidance:g} baked in" if checkpoint.guidance else ""
+    method = checkpoint.recipe.student.method
+    return f"{len(checkpoint.sigmas)}-step {method} student of {checkpoint.dataset}, {size}{guided}"
