@@ -49,6 +49,10 @@ def write_bundle(
         raise BundleError(f"{out}: exists already")
     if out.exists() and not (out / "bundle.json").is_file():
         raise BundleError(f"{out}: is not a bundle, and is not replaced")
+    keys = [(tableau.name, tableau.num_steps) for tableau in tableaus]
+    for name, steps in keys:
+        if keys.count((name, steps)) > 1:
+            raise BundleError(f"{out}: two tables for {name} with {steps} steps")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         made = Path(folder) / out.name

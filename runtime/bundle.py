@@ -75,10 +75,10 @@ class ClassLabels(_Strict):
         for i, name in enumerate(self.names):
             if wanted == name.casefold():
                 return i
-        if wanted.isascii() and wanted.isdigit() and int(wanted) < len(self.names):
+        if wanted.isascii() and wanted.isdigit() and len(wanted) < 9 and int(wanted) < len(self.names):
             return int(wanted)
         listed = ", ".join(self.names)
-        raise ValueError(f"{text!r} is no class of this student; it has 0 to {len(self.names) - 1}: {listed}")
+        raise ValueError(f"{text[:80]!r} is no class of this student; it has 0 to {len(self.names) - 1}: {listed}")
 
 
 class Guidance(_Strict):
@@ -268,10 +268,13 @@ def write_manifest(path: Path, fields: Mapping[str, Any]) -> Manifest:
 
 def _find(source: str) -> Path:
     path = Path(source)
-    if path.is_dir():
-        return path
-    if path.name == source and (EMBEDDED / source / MANIFEST).is_file():
-        return EMBEDDED / source
+    try:
+        if path.is_dir():
+            return path
+        if path.name == source and (EMBEDDED / source / MANIFEST).is_file():
+            return EMBEDDED / source
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise BundleError(f"{source[:200]}: cannot be read: {error.strerror}") from None
     names = ", ".join(embedded_names()) or "none"
     raise BundleError(f"{source}: no such folder, and no embedded bundle of that name (there are: {names})")
 

@@ -97,7 +97,8 @@ class Loop:
         f = np.float32
 
         def noise(number: int) -> Pixels:
-            return normals(np.array([request.seed], np.uint64), np.array([number]), elements)[0]
+            z: Pixels = normals(np.array([request.seed], np.uint64), np.array([number]), elements)[0]
+            return z
 
         x, c_in = f(start.c) * noise(0), f(start.c_in)
         kept: dict[int, Pixels] = {}
