@@ -1,8 +1,12 @@
 """What several test files need: small real students, each exported once a session."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +65,12 @@ def guided(make_bundle: Callable[..., Path]) -> Bundle:
     return Bundle.load(make_bundle(is_guided=True))
 
 
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractContextManager[tuple["subprocess.Popen[str]", tuple[str, int]]]]:
+    """Serve bundles, with further flags, in a process of its own: gives the process and (host, port), and stops it."""
+    return _serving
+
+
 @pytest.fixture
 def bundle_copy(make_bundle: Callable[..., Path], tmp_path: Path) -> Path:
     """A student's folder to spoil."""
@@ -112,3 +122,22 @@ def poison_label(path: Path, label: int) -> None:
     manifest = json.loads((path / MANIFEST).read_text("utf-8"))
     del manifest["format"], manifest["files"]
     write_manifest(path, manifest)
+
+
+@contextmanager
+def _serving(*arguments: str | Path) -> Iterator[tuple["subprocess.Popen[str]", tuple[str, int]]]:
+    command = [sys.executable, "-m", "fewstep.cli", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.search(r" at http://([\d.]+):(\d+) ", line)
+        assert found, process.stderr.read() if process.stderr else line
+        yield process, (found[1], int(found[2]))
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise

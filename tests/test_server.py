@@ -5,7 +5,6 @@ import http.client
 import io
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from fewstep.runtime import Bundle, Engine, Request
 
 Address = tuple[str, int]
-
-
-@contextmanager
-def serving(*arguments: str | Path) -> Iterator[tuple["subprocess.Popen[str]", Address]]:
-    """A server process, ready; stopped at the end."""
-    command = [sys.executable, "-m", "fewstep.cli", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r" at http://([\d.]+):(\d+) ", line)
-        assert found, process.stderr.read() if process.stderr else line
-        yield process, (found[1], int(found[2]))
-    finally:
-        process.terminate()
-        try:
-            process.communicate(timeout=30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
+Serving = Callable[..., AbstractContextManager[tuple["subprocess.Popen[str]", Address]]]
 
 
 @pytest.fixture(scope="module")
-def address(make_bundle: Callable[..., Path]) -> Iterator[Address]:
+def address(serving: Serving, make_bundle: Callable[..., Path]) -> Iterator[Address]:
     """A server with two students, the first of them without guidance."""
     with serving(make_bundle(), make_bundle(is_guided=True)) as (_, address):
         yield address
@@ -240,7 +220,7 @@ def test_half_a_request_and_garbage_do_not_stop_the_server(address: Address) -> 
 # --- under load
 
 
-def test_a_full_queue_is_429_and_says_when_to_come_back(make_bundle: Callable[..., Path]) -> None:
+def test_a_full_queue_is_429_and_says_when_to_come_back(serving: Serving, make_bundle: Callable[..., Path]) -> None:
     with serving(make_bundle(), "--max-waiting", "4", "--max-rows", "1") as (_, address):
         status, answer, headers = ask(address, "POST", "/v1/images/generations", {"prompt": "1", "n": 64})
         assert status == 429
@@ -257,7 +237,7 @@ def test_a_deadline_that_cannot_be_met_is_504(address: Address) -> None:
     assert (status, answer["error"]["param"]) == (504, "deadline_ms")
 
 
-def test_requests_of_a_client_that_goes_away_are_cancelled(make_bundle: Callable[..., Path]) -> None:
+def test_requests_of_a_client_that_goes_away_are_cancelled(serving: Serving, make_bundle: Callable[..., Path]) -> None:
     with serving(make_bundle(), "--max-rows", "1") as (_, address):
         generate(address, prompt="1")
         body = json.dumps({"prompt": "1", "n": 64, "solver": "heun", "num_inference_steps": 7}).encode()
@@ -301,7 +281,7 @@ def test_mixed_requests_at_once_give_the_bits_of_each_alone(address: Address) ->
     assert together == alone
 
 
-def test_sigterm_answers_what_was_accepted_and_exits_0(make_bundle: Callable[..., Path]) -> None:
+def test_sigterm_answers_what_was_accepted_and_exits_0(serving: Serving, make_bundle: Callable[..., Path]) -> None:
     with serving(make_bundle(), "--max-rows", "2") as (process, address):
         generate(address, prompt="1")
         answers: list[Any] = []
@@ -350,7 +330,9 @@ def test_a_taken_port_is_named(make_bundle: Callable[..., Path], address: Addres
     assert done.stderr == f"fewstep: 127.0.0.1:{address[1]} cannot be listened on: Address already in use\n"
 
 
-def test_settings_come_from_the_file_and_flags_win(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_settings_come_from_the_file_and_flags_win(
+    serving: Serving, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
     file = tmp_path / "fewstep.toml"
     file.write_text(f'bundles = ["{make_bundle()}"]\nmax_images = 2\nmax_waiting = 1\n')
     with serving("--config", file, "--max-waiting", "64") as (_, address):
@@ -362,7 +344,9 @@ def test_settings_come_from_the_file_and_flags_win(make_bundle: Callable[..., Pa
     assert done.stderr == "fewstep: max_image is not a setting; did you mean max_images?\n"
 
 
-def test_the_first_image_of_a_cold_process_takes_at_most_three_seconds(make_bundle: Callable[..., Path]) -> None:
+def test_the_first_image_of_a_cold_process_takes_at_most_three_seconds(
+    serving: Serving, make_bundle: Callable[..., Path]
+) -> None:
     before = os.times()
     with serving(make_bundle()) as (_, address):
         generate(address, prompt="1")

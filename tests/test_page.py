@@ -1,0 +1,106 @@
+"""The page at ``/`` in a real browser: generate, switch student, and read an error."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from fewstep.runtime import Bundle, Engine, Request
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def browsing(browser: Browser, width: int = 1000, height: int = 800) -> Iterator[Page]:
+    page = browser.new_page(viewport={"width": width, "height": height})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    yield page
+    assert problems == []
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def url(serving: Any, make_bundle: Callable[..., Path]) -> Iterator[str]:
+    with serving(make_bundle(), make_bundle(is_guided=True)) as (_, (host, port)):
+        yield f"http://{host}:{port}/"
+
+
+def test_generate_shows_the_images_and_where_the_time_went(
+    browser: Browser, url: str, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    with browsing(browser) as page:
+        page.goto(url)
+        expect(page.locator("#about")).to_have_text("Random weights, for tests.")
+        page.locator("#prompt").select_option("digit 3")
+        page.locator("#solver").select_option("ddim")
+        page.locator("#steps").select_option("8")
+        page.locator("#seed").fill("11")
+        page.locator("#n").fill("5")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#images img")).to_have_count(5)
+        expect(page.locator("#status")).to_contain_text("5 by ddim with 8 steps")
+        expect(page.locator("#images figcaption").first).to_have_text("seed 11")
+        assert '"num_inference_steps":8' in page.locator("#curl").inner_text()
+        shown = page.evaluate(
+            """async () => {
+                const image = document.querySelector("#images img");
+                await image.decode();
+                const canvas = Object.assign(document.createElement("canvas"), {width: 8, height: 8});
+                canvas.getContext("2d").drawImage(image, 0, 0);
+                return [...canvas.getContext("2d").getImageData(0, 0, 8, 8).data].filter((_, i) => i % 4 == 0);
+            }"""
+        )
+        page.screenshot(path=tmp_path / "page.png")
+    bundle = Bundle.load(make_bundle())
+    (sample,) = Engine(bundle, threads=1).generate([Request(11, bundle.tableau("ddim", 8), 3)])
+    assert shown == sample.to_uint8().ravel().tolist()
+
+
+def test_a_guided_student_offers_its_guidance(browser: Browser, url: str) -> None:
+    with browsing(browser) as page:
+        page.goto(url)
+        expect(page.locator("#guidance-field")).to_be_hidden()
+        page.locator("#model").select_option("digits-guided")
+        expect(page.locator("#guidance-field")).to_be_visible()
+        page.locator("#guidance").fill("4")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#images img")).to_have_count(8)
+        assert '"guidance_scale":4' in page.locator("#curl").inner_text()
+
+
+def test_an_error_of_the_server_is_shown_as_its_one_line(browser: Browser, url: str) -> None:
+    with browsing(browser) as page:
+        page.goto(url)
+        page.evaluate("document.querySelector('#n').max = 1000")
+        page.locator("#n").fill("65")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#status")).to_have_text("n: at most 64 images in one request, got 65")
+        expect(page.locator("#go")).to_be_enabled()
+
+
+def test_the_page_works_from_the_keyboard_on_a_phone(browser: Browser, url: str) -> None:
+    with browsing(browser, width=360, height=740) as page:
+        page.goto(url)
+        page.locator("#seed").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#images img")).to_have_count(8)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
