@@ -16,7 +16,7 @@ from fastapi import Request as HttpRequest
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..runtime import DeadlineExpired, Engine, QueueFull, Request, Sample, SampleFailed
+from ..runtime import DeadlineExpired, Engine, EngineStopped, QueueFull, Request, Sample, SampleFailed
 from ..runtime.pictures import ImageFormat, encode
 from .errors import ApiError
 from .service import Service
@@ -96,13 +96,17 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
     engine = _engine(service, asked.model)
     requests = _requests(engine, asked, service.settings.max_images)
     if service.is_draining:
-        raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
+        raise _draining()
     samples = await _run(http, engine, requests)
     if samples is None:
         return Response(status_code=CLIENT_CLOSED)
     loop = asyncio.get_running_loop()
     body = await loop.run_in_executor(service.encoders, _answer, engine, asked, samples, arrived_s)
     return Response(body, media_type="application/json")
+
+
+def _draining() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
 
 
 async def _read_body(http: HttpRequest, limit: int) -> bytes:
@@ -177,6 +181,8 @@ async def _run(http: HttpRequest, engine: Engine, requests: list[Request]) -> li
         futures = engine.submit(requests)
     except QueueFull as error:
         raise ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s) from None
+    except EngineStopped:
+        raise _draining() from None
     except ValueError as error:
         field = {"guidance": "guidance_scale"}.get(name := str(error).partition(":")[0], name)
         raise ApiError(400, str(error), param=field) from None
