@@ -1,0 +1,52 @@
+# make demo     install, start a server, ask it for samples, write demo.png
+# make serve    the same, and go on serving at port 8000 until Ctrl-C
+# make test     install everything, then lint, types and tests
+#
+# All of it happens in the folder .venv. PYTHON=python3.12 chooses another interpreter, ARGS="--port 9000" adds to
+# the command of serve, and ARGS="-k kernels" to that of the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo serve test lint clean
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.serving
+	@$(VENV)/bin/fewstep demo --output demo.png
+
+serve: $(VENV)/.serving
+	@$(VENV)/bin/fewstep demo --output demo.png --port 8000 --stay $(ARGS)
+
+test: lint
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.everything
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf build dist src/*.egg-info demo.png .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# The environment. A stamp says what is installed in it, and is older than what it was made from when that changed.
+
+$(VENV)/.serving: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing what serving needs into $(VENV)"
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.everything: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing what the tests need into $(VENV); torch is among it, so the first time takes minutes"
+	@$(INSTALL) --editable '.[test]'
+	@touch $@ $(VENV)/.serving
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "fewstep needs Python 3.11 or newer, and there is no $(PYTHON)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fewstep needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) -m venv failed; see above"; exit 1; }
