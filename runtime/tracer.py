@@ -84,6 +84,11 @@ class Linear:
 
     __rmul__ = __mul__
 
+    def __radd__(self, _: object) -> NoReturn:
+        _refuse("adds a number to a latent")
+
+    __rsub__ = __radd__
+
     def __rtruediv__(self, _: object) -> NoReturn:
         _refuse("divides by a latent")
 
@@ -237,8 +242,9 @@ def _proportion(i: int, here: Mapping[int, Decimal], there: Mapping[int, Decimal
         wanted, given = there.get(k, _ZERO), a * here.get(k, _ZERO)
         if abs(wanted - given) > _SAME * (abs(wanted) + abs(given)):
             raise TableauError(
-                f"row {i} needs an earlier latent again that the latent before it does not hold: noise was added "
-                f"inside a step and the step then went back to before it, so a second latent would have to be kept"
+                f"row {i} needs an earlier latent again that the latent before it does not hold: noise was added in "
+                f"between, so a second latent would have to be kept. A step that adds noise inside and goes back to "
+                f"before it is no table; else keep the history in the form in which the solver looks back"
             )
     return a
 

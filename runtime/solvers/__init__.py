@@ -9,6 +9,7 @@ extrapolation).
     one_step             ddim, ancestral, euler, flow_euler, consistency, lcm, tcd
     runge_kutta          heun with churn, flow_heun
     adams                pndm, ipndm, deis
+    meng                 meng_stochastic, of guided students
     dpm                  dpm_solver and dpmpp, single-step, multistep and SDE
     predictor_corrector  unipc, sa_solver
 """
@@ -20,6 +21,7 @@ from ..schedules import Levels
 from ..tableau import Tableau
 from .adams import deis, ipndm, pndm
 from .dpm import dpm_solver, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_sde, dpmpp_3s
+from .meng import meng_stochastic
 from .one_step import ancestral, consistency, ddim, ddpm, euler, euler_ancestral, flow_euler, lcm, tcd
 from .predictor_corrector import sa_solver, unipc
 from .runge_kutta import flow_heun, heun
@@ -47,6 +49,7 @@ SOLVERS: dict[str, Callable[[Levels], Tableau]] = {
     "heun": heun,
     **{f"ipndm_{order}": partial(ipndm, order=order) for order in range(1, 5)},
     "lcm": lcm,
+    "meng_stochastic": meng_stochastic,
     "pndm": pndm,
     "sa_solver": sa_solver,
     "tcd": tcd,
@@ -75,6 +78,7 @@ __all__ = [
     "heun",
     "ipndm",
     "lcm",
+    "meng_stochastic",
     "pndm",
     "sa_solver",
     "tcd",

@@ -8,7 +8,9 @@ DDIM has ``s = 0``, the posterior the ``s`` of Bayes' rule, renoising ``s = sigm
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+
+import numpy as np
 
 from ..prediction import Form
 from ..schedules import Level, Levels
@@ -22,9 +24,39 @@ def ddim(levels: Levels, eta: float = 0.0, form: Form = "x0") -> Tableau:
     Args:
         levels: the levels to visit.
         eta: fraction of the posterior's noise; 0 is deterministic, 1 is `ancestral`.
-        form: what the history keeps. The sampler is the same, D-DDIM's fit is not.
+        form: what the history keeps. The sampler is the same; what a fit makes of it is not.
     """
+    return _ddim("ddim", levels, eta, form, {"eta": eta} if eta else {})
 
+
+def ancestral(levels: Levels) -> Tableau:
+    """The posterior q(x[i+1] | x[i], x0), sampled: DDIM with eta = 1.
+
+    Ho et al. 2020 (arXiv:2006.11239), eq. 6 and 7; the sampler of moment-matching students, Salimans et al.
+    2024 (arXiv:2406.04103), algorithm 1.
+    """
+    return _ddim("ancestral", levels, 1.0, "x0")
+
+
+def ddpm(levels: Levels) -> Tableau:
+    """DDPM's sampler with the smaller of its two variances: `ancestral`. Ho et al. 2020, algorithm 2."""
+    return _ddim("ddpm", levels, 1.0, "x0")
+
+
+def euler(levels: Levels) -> Tableau:
+    """Euler's method on x / alpha with clock sigma / alpha, in which the slope is eps: `ddim`, kept as eps.
+
+    Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without correction; Song et al. 2020, eq. 13.
+    """
+    return _ddim("euler", levels, 0.0, "eps")
+
+
+def euler_ancestral(levels: Levels, eta: float = 1.0) -> Tableau:
+    """k-diffusion's sample_euler_ancestral: on every path the same as DDIM with that eta."""
+    return _ddim("euler_ancestral", levels, eta, "x0", {"eta": eta} if eta != 1 else {})
+
+
+def _ddim(name: str, levels: Levels, eta: float, form: Form, options: Mapping[str, object] | None = None) -> Tableau:
     def solve(net: Trace) -> Linear:
         x = net.start()
         for here, there in levels.steps():
@@ -35,34 +67,7 @@ def ddim(levels: Levels, eta: float = 0.0, form: Form = "x0") -> Tableau:
                 x = x + s * net.noise()
         return x
 
-    return trace("ddim", form, levels, solve, options={"eta": eta} if eta else {})
-
-
-def ancestral(levels: Levels) -> Tableau:
-    """The posterior q(x[i+1] | x[i], x0), sampled: DDIM with eta = 1.
-
-    Ho et al. 2020 (arXiv:2006.11239), eq. 6 and 7; the sampler of moment-matching students, Salimans et al.
-    2024 (arXiv:2406.04103), algorithm 1.
-    """
-    return replace(ddim(levels, eta=1.0), name="ancestral", provenance={})
-
-
-def ddpm(levels: Levels) -> Tableau:
-    """DDPM's sampler with the smaller of its two variances: `ancestral`. Ho et al. 2020, algorithm 2."""
-    return replace(ancestral(levels), name="ddpm")
-
-
-def euler(levels: Levels) -> Tableau:
-    """Euler's method on x / alpha with clock sigma / alpha, in which the slope is eps: `ddim`, kept as eps.
-
-    Karras et al. 2022 (arXiv:2206.00364), algorithm 1 without correction; Song et al. 2020, eq. 13.
-    """
-    return replace(ddim(levels, form="eps"), name="euler")
-
-
-def euler_ancestral(levels: Levels, eta: float = 1.0) -> Tableau:
-    """k-diffusion's sample_euler_ancestral: on every path the same as DDIM with that eta."""
-    return replace(ddim(levels, eta), name="euler_ancestral")
+    return trace(name, form, levels, solve, options=options)
 
 
 def flow_euler(levels: Levels) -> Tableau:
@@ -153,7 +158,7 @@ def tcd(levels: Levels, gamma: float = 0.3) -> Tableau:
     schedule = levels.schedule
     if schedule is None:
         raise ValueError("tcd: the levels must know their schedule; make them with a function of fewstep's schedules")
-    if levels.t.min() < 0:
+    if schedule.time(np.zeros(1))[0] != 0:
         raise ValueError("tcd: times must count down to 0 at clean data")
     if not 0 <= gamma <= 1:
         raise ValueError(f"tcd: gamma {gamma:g} must be 0 to 1")
@@ -165,7 +170,8 @@ def tcd(levels: Levels, gamma: float = 0.3) -> Tableau:
             if there.sigma == 0:
                 return there.alpha * x0
             time = (1 - gamma) * there.t
-            past = schedule.at_time(math.floor(time) if schedule.whole_times else time)
+            time = math.floor(time) if schedule.whole_times else time
+            past = there if time == there.t else schedule.at_time(time)
             up = there.alpha / past.alpha
             x = up * (past.alpha * x0 + past.sigma * eps)
             fresh = there.sigma**2 - (up * past.sigma) ** 2

@@ -118,8 +118,7 @@ def sa_solver(
         predictor: predictions the predictor looks at, 1 to 4.
         corrector: predictions the corrector looks at, the new one included, 1 to 4; 0 for no correction.
         tau: how much noise is injected, or that as a function of the level's ``t``; 0 is deterministic.
-        modified: change the two-point weights by a term of higher order, as the authors' code does so that
-            ``tau = 0`` gives `dpmpp_2m`.
+        modified: change the two-point weights by a term of higher order, as the authors' code does.
         lower_order_final: whether the last rows come down to one prediction one by one. The step to clean data looks
             at one always.
 
