@@ -9,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo serve test lint clean
 help:
