@@ -23,6 +23,7 @@ from .images import ImageRequest, ImageResponse, generate_images
 from .metrics import registry_of
 from .service import Service
 
+IMAGES = "/v1/images/generations"
 PAGE = Path(__file__).parent / "page" / "index.html"
 
 
@@ -41,12 +42,12 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, answer_crash)
     registry = registry_of(service)
 
-    # The body is read and checked by hand: its errors then name the field in OpenAI's shape.
-    body = {"content": {"application/json": {"schema": ImageRequest.model_json_schema()}}, "required": True}
-
-    @app.post("/v1/images/generations", response_model=ImageResponse, openapi_extra={"requestBody": body})
     async def images(request: Request) -> Response:
         return await generate_images(request, service)
+
+    # A plain route, since the body is checked by hand: FastAPI's own way costs 70 us more, 1 % of a request's CPU time.
+    app.add_route(IMAGES, images, methods=["POST"])
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -79,6 +80,30 @@ def create_app(service: Service) -> FastAPI:
         return FileResponse(PAGE)
 
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's OpenAPI document, and in it the plain route."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        content = {}
+        for model in (ImageRequest, ImageResponse):
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= schema.pop("$defs", {})
+            schemas[model.__name__] = schema
+            reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+            content[model] = {"content": {"application/json": {"schema": reference}}}
+        document["paths"][IMAGES] = {
+            "post": {
+                "summary": "Generate images",
+                "operationId": "generate_images",
+                "requestBody": {**content[ImageRequest], "required": True},
+                "responses": {"200": {"description": "The images", **content[ImageResponse]}},
+            }
+        }
+        app.openapi_schema = document
+    return app.openapi_schema
 
 
 def _describe(engine: Engine, created: int) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def serve(settings: Settings) -> None:
         log_level="info" if settings.access_log else "warning",
         timeout_graceful_shutdown=int(settings.drain_timeout_s) or 1,
         server_header=False,
+        proxy_headers=False,
+        ws="none",
     )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family)

@@ -149,7 +149,9 @@ def test_health_metrics_page_and_documentation_answer(address: Address) -> None:
     assert "<title>fewstep</title>" in ask(address, "GET", "/")[1]
     schema = ask(address, "GET", "/openapi.json")[1]
     body = schema["paths"]["/v1/images/generations"]["post"]["requestBody"]
-    assert "num_inference_steps" in body["content"]["application/json"]["schema"]["properties"]
+    name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    assert "num_inference_steps" in schema["components"]["schemas"][name]["properties"]
+    assert "GeneratedImage" in schema["components"]["schemas"]
 
 
 # --- bad input
