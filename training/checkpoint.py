@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .network import NetworkConfig, UNet
 from .recipe import Recipe, recipe_from
+from .transformer import Transformer, build_network
 
 FORMAT = "fewstep-checkpoint-1"
 
@@ -33,7 +34,7 @@ class Checkpoint:
     """A trained network and all that is known of it: what export reads."""
 
     kind: str  # "teacher" or "student"
-    network: UNet  # averaged weights, in evaluation mode, on the CPU
+    network: UNet | Transformer  # averaged weights, in evaluation mode, on the CPU
     recipe: Recipe
     class_names: tuple[str, ...]
     sigma_data: float
@@ -69,7 +70,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a trained network; its format is {about.get('format')!r}, not {FORMAT!r}")
     shape = about["network"].pop("sample_shape")
-    network = UNet(NetworkConfig(sample_shape=tuple(shape), **about["network"]))
+    network = build_network(NetworkConfig(sample_shape=tuple(shape), **about["network"]))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

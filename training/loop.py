@@ -17,7 +17,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +76,7 @@ class Plan:
     warmup_images: int
     ema_half_life: float  # images
     checkpoint_every: int  # images
+    memory: Mapping[str, Tensor] = field(default_factory=dict)  # what else the losses change, in place; a process's own
 
     @property
     def steps(self) -> int:
@@ -146,7 +147,7 @@ def train_plan(
     every = max(LOG_EVERY, plan.checkpoint_every // plan.batch // LOG_EVERY * LOG_EVERY)
     saved = start
 
-    sums: dict[str, float] = {}
+    sums: dict[str, list[float]] = {}
     clock = time.perf_counter()
     with Progress(
         TextColumn("{task.description}"),
@@ -160,13 +161,13 @@ def train_plan(
         task = bar.add_task(plan.name, total=plan.steps, completed=start, note="")
         for step in range(start, plan.steps):
             for name, value in state.step(step, images, recipe.seed, saved, path):
-                sums[name] = sums.get(name, 0.0) + value
+                sums.setdefault(name, []).append(value)
             bar.advance(task)
             done = step + 1
             if done % LOG_EVERY == 0 or done == plan.steps:
                 count = done - (done - 1) // LOG_EVERY * LOG_EVERY
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
-                row = {name: value / count for name, value in sums.items()}
+                row = {name: sum(values) / len(values) for name, values in sums.items()}
                 sums = {}
                 speed = count * plan.batch / seconds
                 left = (plan.steps - done) * plan.batch / speed
@@ -178,8 +179,8 @@ def train_plan(
                         note = f"{losses}  {speed:.0f} images/s  {left / 60:.1f} min left"
                         console.print(f"{plan.name} {done}/{plan.steps}  {note}", soft_wrap=True, highlight=False)
             if done % every == 0 or done == plan.steps:
+                state.save(path, recipe, done)
                 if main:
-                    state.save(path, recipe, done)
                     with state.averaged() as network:
                         show(network, folder / f"samples-{done * plan.batch:08d}.png")
                 accelerator.wait_for_everyone()
@@ -252,13 +253,17 @@ class State:
         return Averaged(self.result, self.ema)
 
     def save(self, path: Path, recipe: Recipe, step: int) -> None:
-        """Write all of it, atomically."""
+        """Write all of it, atomically. Every process calls this, and the main one writes."""
+        gathered = {name: self.accelerator.gather(tensor[None]) for name, tensor in self.plan.memory.items()}
+        if not self.accelerator.is_main_process:
+            return
         tensors = {f"ema.{name}": tensor for name, tensor in self.ema.items()}
         for turn, network in self.networks.items():
             for name, parameter in network.named_parameters():
                 tensors[f"{turn}.weight.{name}"] = parameter
                 for key, value in self.optimizers[turn].state[parameter].items():
                     tensors[f"{turn}.{key}.{name}"] = value
+        tensors |= {f"memory.{name}": tensor for name, tensor in gathered.items()}
         write_tensors(
             path, tensors, {"plan": self.plan.name, "step": step, "recipe": recipe.text, "recipe_hash": recipe.hash}
         )
@@ -271,6 +276,11 @@ class State:
             raise TrainingError(
                 f"{path}: made by another recipe ({'; '.join(differences[:3])}); use another folder or that recipe"
             )
+        for name, place in self.plan.memory.items():
+            theirs = tensors[f"memory.{name}"]
+            if len(theirs) != self.accelerator.num_processes:
+                raise TrainingError(f"{path}: made by {len(theirs)} processes; go on with as many")
+            place.copy_(theirs[self.accelerator.process_index])
         self.ema = {name: like(tensors[f"ema.{name}"], tensor) for name, tensor in self.ema.items()}
         for turn, network in self.networks.items():
             optimizer = self.optimizers[turn]

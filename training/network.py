@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .denoiser import PredictionType
 
 GROUPS = 8  # of every GroupNorm, so a width is a multiple of 8
 
@@ -40,6 +43,9 @@ class NetworkConfig:
     fine_channels: int = 8  # at single pixels
     attention: bool = True  # at the low resolution
     heads: int = 4
+    kind: Literal["unet", "transformer"] = "unet"
+    prediction: PredictionType = "edm"  # what the raw output means
+    guidance_embedding: bool = False  # whether the network is told the guidance scale
 
     def __post_init__(self) -> None:
         for name in ("channels", "fine_channels"):
@@ -47,9 +53,28 @@ class NetworkConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} is not a multiple of {GROUPS}")
         if self.channels * 2 % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide the {self.channels * 2} low channels")
+        halved, cell = ("2 x patch", 2 * self.patch) if self.kind == "unet" else ("patch", self.patch)
         for side in self.sample_shape[1:]:
-            if side % (2 * self.patch):
-                raise ValueError(f"an image side of {side} is not a multiple of 2 x patch = {2 * self.patch}")
+            if side % cell:
+                raise ValueError(f"an image side of {side} is not a multiple of {halved} = {cell}")
+
+
+class GuidanceEmbedding(nn.Module):
+    """What the guidance scale adds to the embedding of noise level and class: at first nothing.
+
+    So a student starts as its teacher. Meng et al. 2022 (arXiv:2210.03142), section 3.1.
+    """
+
+    def __init__(self, emb_channels: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, emb_channels)
+        self.last = nn.Linear(emb_channels, emb_channels)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        """Map scales ``[B]``, 1 for none, to ``[B, emb_channels]``."""
+        return self.last(F.silu(self.first(waves((guidance - 1) / 10))))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -104,6 +129,8 @@ class UNet(nn.Module):
 
         self.level = nn.Sequential(nn.Linear(32, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(config.num_classes + 1, emb)
+        if config.guidance_embedding:
+            self.guidance = GuidanceEmbedding(emb)
 
         self.fine_in = nn.Conv2d(image, fine, 3, padding=1)
         self.patch = nn.Conv2d(fine * cell, high, 1)
@@ -119,19 +146,22 @@ class UNet(nn.Module):
         self.fine_mid = nn.Conv2d(fine, fine, 3, padding=1)
         self.fine_out = zero(nn.Conv2d(fine, image, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Run the network.
 
         Args:
             x: latents already scaled by c_in, ``[B, C, H, W]`` float32.
             t: what the network is told of the noise, EDM's c_noise = ln(sigma) / 4, ``[B]`` float32.
             label: class of each row, ``[B]`` int64; ``num_classes`` means "no class".
+            guidance: weight of the conditional output, 1 + w, ``[B]`` float32; only with ``guidance_embedding``.
 
         Returns:
             The raw output F, shape of ``x``.
         """
-        angle = t[:, None] * 100 ** (torch.arange(16, device=t.device) / 15)
-        emb = F.silu(self.level(torch.cat([angle.sin(), angle.cos()], dim=1)) + self.label(label))
+        emb = self.level(waves(t)) + self.label(label)
+        if guidance is not None:
+            emb = emb + self.guidance(guidance)
+        emb = F.silu(emb)
 
         fine = self.fine_in(x)
         h = self.patch(F.pixel_unshuffle(fine, self.config.patch))
@@ -151,7 +181,13 @@ class UNet(nn.Module):
         return self.fine_out(h)  # type: ignore[no-any-return]
 
 
-def channels_last(network: UNet) -> UNet:
+def waves(value: Tensor) -> Tensor:
+    """Sines and cosines of ``[B]`` at 16 frequencies from 1 to 100, ``[B, 32]``."""
+    angle = value[:, None] * 100 ** (torch.arange(16, device=value.device) / 15)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def channels_last(network: nn.Module) -> nn.Module:
     """Lay the weights out as convolutions read them fastest; no value changes."""
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 

@@ -6,16 +6,18 @@ student twice. A recipe travels inside every checkpoint, and a checkpoint of ano
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .denoiser import PredictionType
 from .images import Source
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -56,6 +58,8 @@ class Network:
     fine_channels: int = setting(8, least=8)
     attention: bool = True
     heads: int = setting(4, least=1)
+    kind: Literal["unet", "transformer"] = "unet"
+    prediction: PredictionType = "edm"
 
     def __post_init__(self) -> None:
         check("network", self)
@@ -79,21 +83,19 @@ class Teacher:
         check("teacher", self)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Student:
-    """Distillation, and the levels the student will be sampled on."""
+    """What every method is told. Each has a table of its own below, chosen by ``method``."""
 
-    method: Literal["moment-matching"] = "moment-matching"
-    num_steps: int = setting(4, least=1, most=64)
+    method: str = ""
+    num_steps: int = setting(4, least=1, most=64)  # levels the student is sampled on
     sigma_min: float = setting(0.25, least=1e-4)
     sigma_max: float = setting(40.0, least=0.1)
-    sigma_floor: float = setting(0.02, least=1e-4)  # least noise of z_s, where the last step ends in training
+    sigma_floor: float = setting(0.02, least=1e-4)  # noise below which there is nothing to learn
     guidance: float = setting(1.0, least=-1, most=100)  # w of the teacher, baked in
-    weight_power: float = setting(0.5, least=0, most=1)  # of EDM's weight in the student's own loss
-    images: int = setting(80_000, least=1)  # seen by the student; the auxiliary network sees as many
+    images: int = setting(80_000, least=1)  # seen by the student in each stage; an auxiliary sees as many a turn
     batch: int = setting(64, least=1)  # over all processes
     learning_rate: float = setting(5e-4, least=0)
-    auxiliary_learning_rate: float = setting(1e-3, least=0)
     ema_half_life: float = setting(3_000.0, least=0)  # images
     checkpoint_every: int = setting(8_000, least=1)  # images
 
@@ -101,6 +103,167 @@ class Student:
         check("student", self)
         if not self.sigma_floor < self.sigma_min <= self.sigma_max:
             raise RecipeError("[student] needs sigma_floor < sigma_min <= sigma_max")
+
+
+@dataclass(frozen=True)
+class Matching(Student):
+    """What moment matching, Diff-Instruct and DMD share; see `matching`."""
+
+    auxiliary_learning_rate: float = setting(1e-3, least=0)
+    auxiliary_turns: int = setting(1, least=1)  # for each turn of the student
+    weight_power: float = setting(0.5, least=0, most=1)  # of EDM's weight in the student's own loss
+
+
+@dataclass(frozen=True)
+class MomentMatching(Matching):
+    """Moment matching, alternating; see `matching`."""
+
+    method: str = "moment-matching"
+    source: Literal["data", "backward"] = "data"  # where z_t comes from
+
+
+@dataclass(frozen=True)
+class WarmStarted(Student):
+    """A method that may begin with output distillation."""
+
+    warm_start_images: int = setting(0, least=0)
+    warm_start_trajectories: int = setting(2_048, least=1)  # of the teacher
+    warm_start_teacher_steps: int = setting(16, least=1)
+
+
+@dataclass(frozen=True)
+class DiffInstruct(Matching, WarmStarted):
+    """Diff-Instruct; see `matching`."""
+
+    method: str = "diff-instruct"
+    num_steps: int = setting(1, least=1, most=1)
+    weight_power: float = setting(0.0, least=0, most=1)
+    log_sigma_mean: float = -1.2  # ln(sigma_s) is normal
+    log_sigma_std: float = setting(1.2, least=0)
+
+
+@dataclass(frozen=True)
+class Dmd(Matching, WarmStarted):
+    """DMD2 without its discriminator; see `matching`."""
+
+    method: str = "dmd"
+    source: Literal["data", "backward"] = "backward"
+    auxiliary_turns: int = setting(5, least=1)
+    weight_power: float = setting(0.0, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class ParameterMatching(Student):
+    """Moment matching in parameter space; see `parameter_matching`."""
+
+    method: str = "parameter-moment-matching"
+    source: Literal["data", "backward"] = "data"
+    weight_power: float = setting(0.5, least=0, most=1)
+    moment_images: int = setting(12_800, least=1)  # that the teacher's second moments are averaged over
+
+
+@dataclass(frozen=True)
+class Progressive(Student):
+    """Progressive distillation; see `progressive`."""
+
+    method: str = "progressive"
+    start_steps: int = setting(32, least=2)  # of the first teacher; halved down to num_steps
+
+    def __post_init__(self) -> None:
+        Student.__post_init__(self)
+        _refuse_uneven(self.start_steps, self.num_steps)
+
+
+@dataclass(frozen=True)
+class Guided(Student):
+    """Guided distillation, stage 1 and, if ``num_steps`` is less than ``start_steps``, stage 2; see `guided`."""
+
+    method: str = "guided"
+    start_steps: int = setting(16, least=1)
+    guidance_min: float = setting(0.0, least=-1)  # w is uniform from here
+    guidance_max: float = setting(4.0, least=-1)  # to here
+    stage_one_images: int = setting(80_000, least=1)
+    stochastic: bool = False  # whether the last stage is for the N-step stochastic sampler
+
+    def __post_init__(self) -> None:
+        Student.__post_init__(self)
+        if not self.guidance_min <= self.guidance <= self.guidance_max:
+            raise RecipeError("[student] needs guidance_min <= guidance <= guidance_max")
+        if self.start_steps != self.num_steps:
+            _refuse_uneven(self.start_steps, self.num_steps)
+
+
+@dataclass(frozen=True)
+class OutputDistillation(Student):
+    """Regression on the teacher's samples; see `output_distillation`."""
+
+    method: str = "output-distillation"
+    trajectories: int = setting(2_048, least=1)  # of the teacher
+    teacher_steps: int = setting(16, least=1)
+
+
+@dataclass(frozen=True)
+class Reflow(Student):
+    """Rectified flow from the teacher's pairs; see `reflow`."""
+
+    method: str = "reflow"
+    trajectories: int = setting(4_096, least=1)
+    teacher_steps: int = setting(32, least=1)
+
+
+@dataclass(frozen=True)
+class Dkdm(Student):
+    """Data-free distillation into another network; see `dkdm`."""
+
+    method: str = "dkdm"
+    num_steps: int = setting(16, least=1, most=64)
+    sigma_min: float = setting(0.05, least=1e-4)
+    order: Literal["dynamic", "shuffled", "iterative"] = "dynamic"
+    pool: int = setting(2_048, least=1)  # latents kept, in the dynamic order; over all processes
+    chain_steps: int = setting(64, least=2)  # of the teacher
+    conditional: bool = True
+    network: Network | None = None  # the student's; the teacher's if left out
+
+
+@dataclass(frozen=True)
+class ConsistencyDistillation(WarmStarted):
+    """Consistency distillation; see `consistency`."""
+
+    method: str = "consistency-distillation"
+    chain_steps: int = setting(32, least=2)  # levels whose neighbours must agree
+    target_decay: float = setting(0.95, least=0, most=1)  # of the averaged target, a step
+
+
+@dataclass(frozen=True)
+class ConsistencyTuning(WarmStarted):
+    """Easy consistency tuning; see `consistency`."""
+
+    method: str = "consistency-tuning"
+    log_sigma_mean: float = -1.1  # ln(sigma) is normal
+    log_sigma_std: float = setting(2.0, least=0)
+    ratio: float = setting(2.0, least=1.001)  # q: the gap to the lower level shrinks as q ** -stage
+    doublings: int = setting(8, least=1)  # stages, evenly over the run
+
+
+METHODS: dict[str, type[Student]] = {
+    "moment-matching": MomentMatching,
+    "parameter-moment-matching": ParameterMatching,
+    "diff-instruct": DiffInstruct,
+    "dmd": Dmd,
+    "progressive": Progressive,
+    "guided": Guided,
+    "output-distillation": OutputDistillation,
+    "reflow": Reflow,
+    "dkdm": Dkdm,
+    "consistency-distillation": ConsistencyDistillation,
+    "consistency-tuning": ConsistencyTuning,
+}
+
+
+def _refuse_uneven(start_steps: int, num_steps: int) -> None:
+    halvings = start_steps / num_steps
+    if halvings < 2 or halvings not in (2**k for k in range(1, 12)):
+        raise RecipeError(f"[student] start_steps = {start_steps} should be num_steps times 2, 4, 8, ...")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +288,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     network: Network = field(default_factory=Network)
     teacher: Teacher = field(default_factory=Teacher)
-    student: Student = field(default_factory=Student)
+    student: Student = field(default_factory=MomentMatching)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
@@ -149,6 +312,8 @@ class Recipe:
             student: whether the network in question is a student; a teacher does not depend on that table.
         """
         tables = ("seed", "data", "network", "teacher", "student")[: 5 if student else 4]
+        with contextlib.suppress(RecipeError):  # a setting that is younger than that recipe had its default
+            text = recipe_from(json.loads(text)).text
         theirs, ours = _flat(json.loads(text)), _flat(json.loads(self.text))
         return [
             f"{key}: {theirs.get(key, 'absent')!r}, here {ours.get(key, 'absent')!r}"
@@ -193,7 +358,7 @@ def check(table: str, values: Any) -> None:
     hints = get_type_hints(type(values))
     for item in dataclasses.fields(values):
         value, place = getattr(values, item.name), f"[{table}] {item.name}" if table else item.name
-        if dataclasses.is_dataclass(hints[item.name]):
+        if dataclasses.is_dataclass(hints[item.name]) or dataclasses.is_dataclass(value):
             continue
         wanted = _mismatch(value, hints[item.name])
         if wanted:
@@ -227,6 +392,8 @@ def _mismatch(value: object, hint: Any) -> str:
 def _build(kind: Any, table: str, values: Any) -> Any:
     if not isinstance(values, Mapping):
         raise RecipeError(f"{table} = {values!r} should be a table, [{table}]")
+    if kind is Student:
+        kind = _method(values)
     hints = get_type_hints(kind)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -234,10 +401,14 @@ def _build(kind: Any, table: str, values: Any) -> Any:
             close = difflib.get_close_matches(key, hints, n=1)
             what = "table" if not table and isinstance(value, Mapping) else "setting"
             place = f"[{table}] {key}" if table else f"[{key}]" if what == "table" else key
+            owners = [name for name, other in METHODS.items() if key in get_type_hints(other)]
+            if issubclass(kind, Student) and owners:
+                raise RecipeError(f"{place} is a setting of {_listed(owners)}, not of {_name_of(kind)!r}")
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(hints)}"
             raise RecipeError(f"{place} is not a {what}; {hint}")
-        if dataclasses.is_dataclass(hints[key]):
-            value = _build(hints[key], key, value)
+        inner = next((hint for hint in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(hint)), None)
+        if inner is not None and value is not None:
+            value = _build(inner, f"{table}.{key}" if table else key, value)
         elif isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, int) and not isinstance(value, bool) and float in (hints[key], *get_args(hints[key])):
@@ -246,6 +417,23 @@ def _build(kind: Any, table: str, values: Any) -> Any:
     if kind is Recipe and "name" not in arguments:
         raise RecipeError('name is missing; begin with name = "..."')
     return kind(**arguments)
+
+
+def _method(values: Mapping[str, Any]) -> type[Student]:
+    """The settings' class of the method that a ``[student]`` table names."""
+    name = values.get("method", "moment-matching")
+    if name not in METHODS:
+        raise RecipeError(f"[student] method = {name!r} should be {_listed(METHODS)}")
+    return METHODS[name]
+
+
+def _name_of(kind: type[Student]) -> str:
+    return next(name for name, other in METHODS.items() if other is kind)
+
+
+def _listed(names: Iterable[str]) -> str:
+    quoted = [repr(name) for name in names]
+    return quoted[0] if len(quoted) == 1 else "one of " + ", ".join(quoted)
 
 
 def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
     out/recipe.json            every setting, defaults included
     out/teacher/  student/     state.safetensors to resume from, log.csv, sample grids
     out/teacher.safetensors    the finished networks; `load_checkpoint` reads them, export wants the student
-    out/student.safetensors
+    out/student.safetensors    (of a method of several stages, ``student-...`` are those before the last)
     out/classifier.safetensors the judge's feature network
     out/metrics.json  *.png    what came of it
 
@@ -17,7 +17,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,23 +30,23 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from ..runtime.schedules import karras
-from ..runtime.solvers import ancestral, ddim, dpmpp_2m
+from ..runtime.solvers import SOLVERS
 from ..runtime.tableau import Tableau
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .denoiser import Denoiser
-from .distillation import Distillation
+from .distillation import Distillation, Stage
 from .evaluate import Scores, make_judge, write_metrics
 from .images import Images, load_images, to_float
 from .loop import Plan, TrainingError, generator, train_plan
-from .moment_matching import moment_matching_plan
+from .methods import method_of
 from .network import NetworkConfig, UNet, channels_last
 from .recipe import Recipe, RecipeError
-from .sampling import sample, save_grid
+from .sampling import sample, save_grid, ve_levels
 from .teacher import teacher_plan
+from .transformer import Transformer, build_network
 
-Stage = Literal["teacher", "student", "evaluation"]
-STAGES: tuple[Stage, ...] = ("teacher", "student", "evaluation")
-SOLVERS = {"ancestral": ancestral, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+Part = Literal["teacher", "student", "evaluation"]
+PARTS: tuple[Part, ...] = ("teacher", "student", "evaluation")
 
 
 def train(
@@ -54,7 +55,7 @@ def train(
     *,
     data: str | Path | None = None,
     processes: int = 1,
-    until: Stage = "evaluation",
+    until: Part = "evaluation",
     quiet: bool = False,
 ) -> Path:
     """Train a teacher, distil a student, evaluate both.
@@ -115,7 +116,7 @@ def network_config(recipe: Recipe, images: Images) -> NetworkConfig:
 
 
 def _process(
-    rank: int, count: int, port: int, recipe: Recipe, out: Path, data: str | Path | None, until: Stage, quiet: bool
+    rank: int, count: int, port: int, recipe: Recipe, out: Path, data: str | Path | None, until: Part, quiet: bool
 ) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
@@ -125,7 +126,7 @@ def _process(
     torch.distributed.destroy_process_group()
 
 
-def _work(rank: int, recipe: Recipe, out: Path, images: Images, until: Stage, quiet: bool) -> None:
+def _work(rank: int, recipe: Recipe, out: Path, images: Images, until: Part, quiet: bool) -> None:
     cpu = not torch.cuda.is_available()
     if cpu:
         torch.set_num_threads(1)
@@ -133,7 +134,7 @@ def _work(rank: int, recipe: Recipe, out: Path, images: Images, until: Stage, qu
     accelerator = Accelerator(cpu=cpu)
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process)
     run = Run(recipe, out, images, accelerator, console)
-    last = STAGES.index(until)
+    last = PARTS.index(until)
     teacher = run.teacher()
     if last >= 1:
         student = run.student(teacher)
@@ -157,43 +158,75 @@ class Run:
         """Train the teacher, or load the finished one."""
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
-            network = UNet(network_config(self.recipe, self.images))
-        prepared = self._prepare(network)
-        plan = teacher_plan(self.recipe.teacher, prepared, self.sigma_data, self.no_class)
+            network = build_network(network_config(self.recipe, self.images))
+
+        def plan() -> Plan:
+            return teacher_plan(self.recipe.teacher, self._denoiser(self._prepare(network)))
+
         return self._finish(plan, network, "teacher", (), 0.0)
 
     def student(self, teacher: Checkpoint) -> Checkpoint:
-        """Distil the student, or load the finished one."""
+        """Distil the student stage by stage, or load the finished one."""
+        before = teacher
+        for stage in method_of(self.recipe.student).stages(self.recipe.student, self.sigmas):
+            before = self._stage(stage, teacher, before)
+        return before
+
+    def _stage(self, stage: Stage, teacher: Checkpoint, before: Checkpoint) -> Checkpoint:
+        """Do one stage, or load what came of it."""
         settings = self.recipe.student
-        student, auxiliary = UNet(teacher.network.config), UNet(teacher.network.config)
-        student.load_state_dict(teacher.network.state_dict())
-        auxiliary.load_state_dict(teacher.network.state_dict())
-        frozen = channels_last(teacher.network).to(self.accelerator.device)
-        distillation = Distillation(
-            teacher=self._denoiser(frozen, settings.guidance),
-            student=self._denoiser(self._prepare(student)),
-            auxiliary=self._denoiser(self._prepare(auxiliary)),
-            sigmas=self.sigmas,
-            sigma_floor=settings.sigma_floor,
-        )
-        plan = moment_matching_plan(settings, distillation)
-        return self._finish(plan, student, "student", self.sigmas, settings.guidance)
+        config = stage.config(before.network.config)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.recipe.seed + 1)
+            student = build_network(config)
+        if not stage.from_scratch:  # only an embedding of guidance is new
+            student.load_state_dict(student.state_dict() | before.network.state_dict())
+
+        def plan() -> Plan:
+            auxiliary = build_network(before.network.config)
+            auxiliary.load_state_dict(before.network.state_dict())
+            source = before if stage.teaches_itself else teacher
+            frozen = channels_last(source.network).to(self.accelerator.device)
+            student_ = self._denoiser(self._prepare(student))
+            distillation = Distillation(
+                teacher=self._denoiser(frozen, settings.guidance if source is teacher else 0.0),
+                student=student_,
+                auxiliary=self._denoiser(self._prepare(auxiliary)) if stage.has_auxiliary else student_,
+                sigmas=stage.sigmas,
+                sigma_floor=settings.sigma_floor,
+                sigma_data=self.sigma_data,
+                images=self.images,
+                device=self.accelerator.device,
+                seed=self.recipe.seed,
+                process=self.accelerator.process_index,
+                processes=self.accelerator.num_processes,
+            )
+            return dataclasses.replace(stage.plan(settings, distillation), name=stage.name, images=stage.images)
+
+        return self._finish(plan, student, stage.name, stage.sigmas, settings.guidance)
 
     def _denoiser(self, network: nn.Module, guidance: float = 0.0) -> Denoiser:
-        return Denoiser(network, self.sigma_data, self.no_class, guidance)
+        config = self.accelerator.unwrap_model(network).config
+        return Denoiser(network, self.sigma_data, self.no_class, guidance, config.guidance_embedding, config.prediction)
 
-    def _prepare(self, network: UNet) -> nn.Module:
+    def _prepare(self, network: nn.Module) -> nn.Module:
         prepared = self.accelerator.prepare(channels_last(network))
         assert isinstance(prepared, nn.Module)
         return prepared
 
-    def _finish(self, plan: Plan, network: UNet, kind: str, sigmas: tuple[float, ...], guidance: float) -> Checkpoint:
-        """Carry out ``plan`` unless its result is there, and return the result."""
-        path = self.out / f"{kind}.safetensors"
+    def _finish(
+        self,
+        make_plan: Callable[[], Plan],
+        network: UNet | Transformer,
+        name: str,
+        sigmas: tuple[float, ...],
+        guidance: float,
+    ) -> Checkpoint:
+        """Carry out a plan unless its result is there, and return the result."""
+        path, kind = self.out / f"{name}.safetensors", "teacher" if name == "teacher" else "student"
         if not path.exists():
-            averaged = train_plan(
-                plan, self.images, self.recipe, self.out / kind, self.accelerator, self.console, self._show
-            )
+            plan, show = make_plan(), partial(self._show, sigmas=sigmas)
+            averaged = train_plan(plan, self.images, self.recipe, self.out / name, self.accelerator, self.console, show)
             network.load_state_dict(averaged)
             if self.accelerator.is_main_process:
                 checkpoint = Checkpoint(
@@ -216,17 +249,25 @@ class Run:
             raise TrainingError(f"{path}: made by another recipe ({'; '.join(differences[:3])}); use another folder")
         return checkpoint
 
-    def _show(self, network: nn.Module, path: Path) -> None:
-        """Draw a few samples of every class, on the student's grid."""
-        kind = path.parent.name
-        denoiser = self._denoiser(network, self.recipe.student.guidance if kind == "teacher" else 0.0)
-        tableau = self._table("dpmpp_2m", 12, 0.02) if kind == "teacher" else self._table("ancestral")
+    def _show(self, network: nn.Module, path: Path, sigmas: tuple[float, ...]) -> None:
+        """Draw a few samples of every class, on the grid of the stage."""
+        guidance = self.recipe.student.guidance
+        if sigmas:
+            name = method_of(self.recipe.student).solvers[0] if sigmas == self.sigmas else "ddim"
+            denoiser, tableau = self._few_step(network), SOLVERS[name](ve_levels(sigmas))
+        else:
+            denoiser, tableau = self._denoiser(network, guidance), self._table("dpmpp_2m", 12, 0.02)
         classes, columns = min(10, self.no_class), 8
         label = torch.arange(classes, device=self.accelerator.device).repeat_interleave(columns)
         network.eval()
         x = sample(denoiser, tableau, label, self.images.sample_shape, generator(self.recipe.seed, 11))
         network.train()
         save_grid(x, path, columns)
+
+    def _few_step(self, network: nn.Module) -> Denoiser:
+        """A student, told its guidance if it has to be told."""
+        denoiser = self._denoiser(network)
+        return dataclasses.replace(denoiser, guidance=self.recipe.student.guidance * denoiser.takes_guidance)
 
     def _table(self, solver: str, num_steps: int | None = None, sigma_min: float | None = None) -> Tableau:
         settings = self.recipe.student
@@ -284,13 +325,14 @@ class Run:
     def _arms(self, teacher: Checkpoint, student: Checkpoint) -> Iterable[tuple[str, Denoiser, Tableau, int]]:
         """What is compared: name, network, table, noise seeds."""
         settings, steps = self.recipe.evaluation, self.recipe.student.num_steps
+        method = method_of(self.recipe.student)
         guided = self._denoiser(teacher.network, self.recipe.student.guidance)
-        few = self._denoiser(student.network)
+        few = self._few_step(student.network)
         yield "teacher dpmpp_2m 32", guided, self._table("dpmpp_2m", 32, 0.01), min(2, settings.noise_seeds)
-        for solver in SOLVERS:
+        for solver in ("ancestral", "ddim", "dpmpp_2m"):
             yield f"teacher {solver} {steps}", guided, self._table(solver), 1
-        for solver in SOLVERS:
-            for count in sorted({*settings.step_counts, steps}):
+        for solver in method.solvers:
+            for count in sorted({*settings.step_counts, steps} if method.any_steps else {steps}):
                 seeds = settings.noise_seeds if count == steps else 1
                 yield f"student {solver} {count}", few, self._table(solver, count), seeds
 

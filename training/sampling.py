@@ -5,6 +5,7 @@ Serving runs the same tables through `kernels`, row by row; this is the plain lo
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..runtime.schedules import EDM, Levels
 from ..runtime.tableau import Tableau
-from .denoiser import Denoiser
+from .denoiser import Predictor
 
 
 @torch.no_grad()
 def sample(
-    denoiser: Denoiser,
+    denoiser: Predictor,
     tableau: Tableau,
     label: Tensor,
     sample_shape: tuple[int, int, int],
@@ -38,26 +40,38 @@ def sample(
     Returns:
         Samples ``[N, C, H, W]`` float32, not clipped.
     """
-    if tableau.form != "x0":
-        raise ValueError(f"{tableau.name}: training samples tables of form x0, not {tableau.form}")
     parts = []
     for rows in torch.split(label, batch):
-
-        def noise(rows: Tensor = rows) -> Tensor:
-            return torch.randn(len(rows), *sample_shape, generator=generator).to(rows.device)
-
-        x = float(tableau.sigma[0]) * noise()
-        history: list[Tensor] = []  # newest first
-        for i in range(len(tableau.a)):
-            sigma = torch.full((len(rows),), float(tableau.sigma[i]), device=rows.device)
-            history = [denoiser(x, sigma, rows), *history][: tableau.b.shape[1]]
-            x = float(tableau.a[i]) * x
-            for weight, x0 in zip(tableau.b[i], history, strict=False):
-                x = x + float(weight) * x0
-            if tableau.c[i] != 0:
-                x = x + float(tableau.c[i]) * noise()
+        x = float(tableau.sigma[0]) * torch.randn(len(rows), *sample_shape, generator=generator).to(rows.device)
+        for point in follow(denoiser, tableau, x, rows, generator):
+            x = point
         parts.append(x)
     return torch.cat(parts)
+
+
+def follow(
+    denoiser: Predictor, tableau: Tableau, x: Tensor, label: Tensor, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """The latents ``[B, C, H, W]`` before each network call, ``x`` first, and the sample last."""
+    if tableau.form != "x0":
+        raise ValueError(f"{tableau.name}: training samples tables of form x0, not {tableau.form}")
+    history: list[Tensor] = []  # newest first
+    yield x
+    for i in range(len(tableau.a)):
+        sigma = torch.full((len(x),), float(tableau.sigma[i]), device=x.device)
+        history = [denoiser(x, sigma, label), *history][: tableau.b.shape[1]]
+        x = float(tableau.a[i]) * x
+        for weight, x0 in zip(tableau.b[i], history, strict=False):
+            x = x + float(weight) * x0
+        if tableau.c[i] != 0:
+            x = x + float(tableau.c[i]) * torch.randn(x.shape, generator=generator).to(x.device)
+        yield x
+
+
+def ve_levels(sigmas: Sequence[float]) -> Levels:
+    """Levels on the path ``alpha = 1``, noisiest first, with clean data behind them."""
+    sigma = np.array(sigmas)
+    return Levels(np.ones(len(sigma) + 1), np.append(sigma, 0.0), np.log(sigma) / 4, schedule=EDM)
 
 
 def save_grid(x: Tensor, path: Path, columns: int) -> None:

@@ -18,22 +18,22 @@ from .loop import Batch, Plan, Turn, noise_like
 from .recipe import Teacher
 
 
-def teacher_plan(settings: Teacher, network: nn.Module, sigma_data: float, no_class: int) -> Plan:
-    """Plan EDM training of ``network``, which Accelerate has prepared."""
-    denoiser = Denoiser(network, sigma_data, no_class)
+def teacher_plan(settings: Teacher, denoiser: Denoiser) -> Plan:
+    """Plan EDM training of a denoiser whose network Accelerate has prepared."""
+    assert isinstance(denoiser.network, nn.Module)
 
     def loss(batch: Batch, rng: torch.Generator) -> Mapping[str, Tensor]:
         count, device = len(batch.x), batch.x.device
         log_sigma = settings.log_sigma_mean + settings.log_sigma_std * torch.randn(count, generator=rng)
         sigma = log_sigma.exp().to(device)
         dropped = (torch.rand(count, generator=rng) < settings.label_dropout).to(device)
-        label = torch.where(dropped, no_class, batch.label)
+        label = torch.where(dropped, denoiser.no_class, batch.label)
         x0 = denoiser(batch.x + per_row(sigma) * noise_like(batch.x, rng), sigma, label)
-        return {"loss": (per_row(edm_weight(sigma, sigma_data)) * (x0 - batch.x) ** 2).mean()}
+        return {"loss": (per_row(edm_weight(sigma, denoiser.sigma_data)) * (x0 - batch.x) ** 2).mean()}
 
     return Plan(
         name="teacher",
-        turns=(Turn("teacher", network, settings.learning_rate, 0.9, loss),),
+        turns=(Turn("teacher", denoiser.network, settings.learning_rate, 0.9, loss),),
         images=settings.images,
         batch=settings.batch,
         decay="cosine",
