@@ -61,7 +61,9 @@ def write_bundle(
         num_labels = None
         if labels:
             num_labels = max(len(labels["names"]), (labels.get("null") or 0) + 1)
-        parity = export_step_graph(network, manifest["sample_shape"], made / NETWORK, num_labels, half)
+        guided = manifest.get("guidance") or {}
+        scales = (guided["minimum"], guided["maximum"]) if guided.get("mode") == "embedded" else None
+        parity = export_step_graph(network, manifest["sample_shape"], made / NETWORK, num_labels, half, scales)
         for tableau in tableaus:
             tableau.save(made / "tableaus" / f"{tableau.name}-{tableau.num_steps}.safetensors")
         for name, data in (extra_files or {}).items():

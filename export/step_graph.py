@@ -1,5 +1,7 @@
 """The step graph: one network call as an ONNX file, ``x[B, ...], t[B], label[B] -> raw[B, ...]`` for any B.
 
+A network that takes its guidance as an input has one more, ``guidance[B]``.
+
 Weights are stored in half precision and widened when the file is loaded, so the file is half the size and the
 arithmetic is float32: the network of the file is the network with its weights rounded once. What the rounding
 and the exporter did is measured against torch each time, and refused when it is more than rounding.
@@ -36,16 +38,23 @@ class Parity:
 
 
 def export_step_graph(
-    network: torch.nn.Module, sample_shape: tuple[int, int, int], path: Path, num_labels: int | None, half: bool = True
+    network: torch.nn.Module,
+    sample_shape: tuple[int, int, int],
+    path: Path,
+    num_labels: int | None,
+    half: bool = True,
+    guidance: tuple[float, float] | None = None,
 ) -> Parity:
     """Write a network as a step graph and hold it against torch.
 
     Args:
-        network: called with ``x [B, C, H, W]``, ``t [B]`` float32 and, if ``num_labels``, ``label [B]`` int64.
+        network: called with ``x [B, C, H, W]``, ``t [B]`` float32 and, if ``num_labels``, ``label [B]`` int64, and, if
+            ``guidance``, ``guidance [B]`` float32.
         sample_shape: channels, height, width.
         path: the file to write.
         num_labels: labels the network takes, the null one included; None for an unconditional network.
         half: store weights in float16.
+        guidance: the range of the guidance that the network takes as an input; None if it takes none.
 
     Returns:
         The measured differences.
@@ -54,7 +63,7 @@ def export_step_graph(
         ExportError: the graph is not the network.
     """
     network = network.eval().requires_grad_(False)
-    example = _inputs(2, sample_shape, num_labels, seed=0)
+    example = _inputs(2, sample_shape, num_labels, guidance, seed=0)
     names = list(example)
     batch = torch.export.Dim("batch", min=1, max=65536)
     with warnings.catch_warnings():
@@ -82,14 +91,20 @@ def export_step_graph(
     _drop_notes(model)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
-    parity = _compare(network, model, sample_shape, num_labels, half)
+    parity = _compare(network, model, sample_shape, num_labels, half, guidance)
     if not parity.graph_error <= _TOLERANCE:  # NaN is no small error
         path.unlink()
         raise ExportError(f"{path}: the graph differs from the network by {parity.graph_error:.2g} of its output")
     return parity
 
 
-def _inputs(rows: int, sample_shape: tuple[int, ...], num_labels: int | None, seed: int) -> dict[str, torch.Tensor]:
+def _inputs(
+    rows: int,
+    sample_shape: tuple[int, ...],
+    num_labels: int | None,
+    guidance: tuple[float, float] | None,
+    seed: int,
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = {
         "x": torch.randn((rows, *sample_shape), generator=generator),
@@ -97,6 +112,8 @@ def _inputs(rows: int, sample_shape: tuple[int, ...], num_labels: int | None, se
     }
     if num_labels is not None:
         inputs["label"] = torch.randint(num_labels, (rows,), generator=generator)
+    if guidance is not None:
+        inputs["guidance"] = torch.linspace(*guidance, rows + 1)[1:].contiguous()
     return inputs
 
 
@@ -142,6 +159,7 @@ def _compare(
     sample_shape: tuple[int, ...],
     num_labels: int | None,
     half: bool,
+    guidance: tuple[float, float] | None,
 ) -> Parity:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     trained = {name: value.clone() for name, value in network.state_dict().items()}
@@ -152,7 +170,7 @@ def _compare(
     errors = {"graph": 0.0, "storage": 0.0}
     try:
         for rows in (1, 2, 7):
-            inputs = _inputs(rows, sample_shape, num_labels, seed=rows)
+            inputs = _inputs(rows, sample_shape, num_labels, guidance, seed=rows)
             (ours,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
             for kind, weights in (("graph", rounded), ("storage", trained)):
                 network.load_state_dict(weights)

@@ -1,0 +1,110 @@
+"""One fit, whatever the method: base solver in, fitted table and its measured gain out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ...runtime.schedules import Levels
+from ...runtime.solvers import SOLVERS
+from ...runtime.tableau import Tableau
+from .closed_form import Direction, Fitted, direction_of, fit_rows
+from .targets import Array, FitError, Network, Samples, Target, Teacher, follow
+
+if TYPE_CHECKING:
+    from .end_to_end import EndToEnd
+
+__all__ = ["METHODS", "Fit", "FitError", "Method", "fit", "table_of"]
+
+Method = Literal["dode", "rows", "end-to-end"]
+METHODS: tuple[Method, ...] = ("dode", "rows", "end-to-end")
+RIDGES = {"dode": 1e-6, "rows": 1e-4}  # five free numbers overfit a hundred small samples where one does not
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What came of a fit. Errors are rms over elements, against the teacher from the same noise."""
+
+    table: Tableau
+    base: Tableau
+    teacher: Tableau
+    before: float  # at the end, on fresh noise: the base solver
+    after: float  # and the fitted table
+    row_residuals: tuple[float, ...]  # of each row, on the samples fitted on; of the end alone for end-to-end
+    changes: tuple[float, ...]  # D-ODE's lambda of each row
+    seconds: float
+
+
+def fit(
+    network: Network,
+    levels: Levels,
+    solver: str,
+    method: Method,
+    samples: Samples,
+    fresh: Samples,
+    *,
+    pieces: int = 10,
+    target: Target = "global",
+    teacher: str = "dpmpp_2m",
+    direction: Direction | None = None,
+    history: int = 4,
+    ridge: float | None = None,
+    end_to_end: EndToEnd | None = None,
+) -> Fit:
+    """Fit a table.
+
+    Args:
+        network: the network, guidance inside.
+        levels: the levels that the solver is given; they must know their schedule.
+        solver: the base solver, by its name in `SOLVERS`.
+        method: what to fit; see the package.
+        samples: what to fit on.
+        fresh: what to measure on; other noise.
+        pieces: teacher steps in a step of the student.
+        target: the teacher's own trajectory, or the teacher anew from each of the student's latents.
+        teacher: the teacher's solver.
+        direction: for ``dode``; left out, the one that D-ODE has for the solver.
+        history: for ``rows`` and ``end-to-end``: predictions that a row may read, if the base does not read more.
+        ridge: for ``dode`` and ``rows``; left out, `RIDGES`.
+        end_to_end: for ``end-to-end``: the network in torch, and how long.
+
+    Raises:
+        FitError: it cannot be made; one line says why.
+    """
+    start_s = time.perf_counter()
+    base = table_of(solver, levels)
+    aim = Teacher(levels, network, teacher, pieces)
+    if base.is_stochastic:
+        raise FitError(f"{base.name}: adds noise, so there is no one end to aim at; fit a deterministic solver")
+    if method == "end-to-end":
+        if end_to_end is None:
+            raise FitError("end-to-end needs the network in torch, for its gradients")
+        if target == "local":
+            raise FitError("end-to-end aims at the teacher's end; a local target is for dode and rows")
+        ends = aim.trajectory(samples)[-1]
+        fitted: Fitted = end_to_end.fit(base, levels, samples, ends, history)
+    else:
+        along = (direction or direction_of(solver)) if method == "dode" else None
+        fitted = fit_rows(
+            base, network, samples, aim, target=target, direction=along, history=history,
+            ridge=RIDGES[method] if ridge is None else ridge,
+        )  # fmt: skip
+    table = replace(fitted.table, name=f"{method}-{base.name}")
+    wanted = aim.trajectory(fresh)[-1]
+    before, after = (rms(follow(t, network, fresh)[-1] - wanted) for t in (base, table))
+    return Fit(table, base, aim.table, before, after, fitted.after, fitted.changes, time.perf_counter() - start_s)
+
+
+def table_of(solver: str, levels: Levels) -> Tableau:
+    """A solver's table, by the solver's name."""
+    if solver not in SOLVERS:
+        raise FitError(f"solver: there is no {solver}; there are {', '.join(SOLVERS)}")
+    return SOLVERS[solver](levels)
+
+
+def rms(x: Array) -> float:
+    """Root of the mean square of all elements."""
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
