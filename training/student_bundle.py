@@ -1,7 +1,8 @@
 """From a checkpoint to a bundle: the network, the tables it is served with, and what is known of it.
 
 A student is served on the noise levels it was distilled on; the same range is cut into fewer and more steps
-for those who want them. A teacher gets classifier-free guidance, which the fused step combines.
+for those who want them. A teacher takes its guidance as an input: one call of its graph asks with and without the
+class and combines (`Guided`), so a step costs one call, and tables fitted to it are fitted to what is served.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from ..export import Parity, write_bundle
 from ..runtime import Bundle, Tableau
 from ..runtime.schedules import karras
-from ..runtime.solvers import ancestral, ddim, dpmpp_2m
+from ..runtime.solvers import ancestral, ddim, dpmpp_2m, ipndm, unipc
 from .checkpoint import Checkpoint, load_checkpoint
 
 STEPS = (1, 2, 3, 4, 6, 8)  # how many a student is offered with, beside its own number
@@ -52,7 +56,8 @@ def export_checkpoint(
     num_classes = len(checkpoint.class_names)
     is_teacher = checkpoint.kind == "teacher"
     steps = 16 if is_teacher else len(checkpoint.sigmas)
-    guidance = {"mode": "classifier-free", "default": 2.0, "minimum": 1.0, "maximum": 6.0} if is_teacher else {}
+    is_guided = is_teacher and bool(num_classes)
+    guidance = {"mode": "embedded", "default": 2.0, "minimum": 1.0, "maximum": 6.0} if is_guided else {}
     manifest: dict[str, Any] = {
         "name": name or checkpoint.recipe.name,
         "version": version,
@@ -76,14 +81,37 @@ def export_checkpoint(
     files = {"recipe.json": checkpoint.recipe.text.encode()}
     if notice is not None:
         files["NOTICE"] = notice.read_bytes()
-    return write_bundle(out, checkpoint.network, tables, manifest, extra_files=files, replace=replace)
+    network = Guided(checkpoint.network, num_classes) if is_guided else checkpoint.network
+    return write_bundle(out, network, tables, manifest, extra_files=files, replace=replace)
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance in one call: ``none + guidance * (class - none)``, Ho & Salimans 2022, eq. 6.
+
+    Args:
+        network: called with ``x, t, label``.
+        no_class: the label that means "no class".
+    """
+
+    def __init__(self, network: nn.Module, no_class: int) -> None:
+        super().__init__()
+        self.network, self.no_class = network, no_class
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, guidance: Tensor) -> Tensor:
+        """Run the network on twice the rows; ``guidance [B]``, 1 for none."""
+        labels = torch.cat([label, torch.full_like(label, self.no_class)])
+        both = self.network(torch.cat([x, x]), torch.cat([t, t]), labels)
+        said, unsaid = both.unflatten(0, (2, -1)).unbind(0)
+        return unsaid + guidance[:, None, None, None] * (said - unsaid)  # type: ignore[no-any-return]
 
 
 def _tables(checkpoint: Checkpoint) -> Iterable[Tableau]:
     if checkpoint.kind == "teacher":
-        for steps in (4, 6, 8, 16, 32):
+        for steps in (3, 4, 5, 6, 7, 8, 12, 16, 32):
             levels = karras(steps, 0.05 if steps <= 8 else 0.01, 40.0)
             yield from (ddim(levels), dpmpp_2m(levels))
+            if steps <= 16:
+                yield from (ipndm(levels, 3), unipc(levels, 2), unipc(levels, 3))
         return
     sigma_max, sigma_min = checkpoint.sigmas[0], checkpoint.sigmas[-1]
     for steps in sorted({*STEPS, len(checkpoint.sigmas)}):
@@ -97,7 +125,7 @@ def _describe(checkpoint: Checkpoint) -> str:
     channels, height, width = checkpoint.sample_shape
     size = f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
     if checkpoint.kind == "teacher":
-        return f"Diffusion model of {checkpoint.dataset}, {size}, guided by a second call"
+        return f"Diffusion model of {checkpoint.dataset}, {size}, guidance as an input"
     guided = f", guidance {1 + checkpoint.guidance:g} baked in" if checkpoint.guidance else ""
     method = checkpoint.recipe.student.method
     return f"{len(checkpoint.sigmas)}-step {method} student of {checkpoint.dataset}, {size}{guided}"
