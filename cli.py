@@ -1,4 +1,4 @@
-"""The command line: ``fewstep serve | generate | inspect | train | export | demo``.
+"""The command line: ``fewstep serve | generate | inspect | train | fit | table | export | demo``.
 
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
@@ -19,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+tables = typer.Typer(help="Look at table files, and put them into bundles.", no_args_is_help=True)
+app.add_typer(tables, name="table")
 
 T = TypeVar("T")
 BundleArgument = Annotated[str | None, typer.Argument(help="A folder, or the name of an embedded bundle.")]
@@ -150,6 +153,164 @@ def train(
 
 
 @app.command()
+def fit(
+    bundle: Annotated[str, typer.Argument(help="A folder, or the name of an embedded bundle.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File of the table.")],
+    method: Annotated[str, typer.Option(help="dode, rows or end-to-end.")] = "dode",
+    solver: Annotated[str, typer.Option(help="The solver to start from.")] = "ddim",
+    steps: Annotated[int, typer.Option(help="Network calls per image.")] = 8,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale to fit at; the student's default.")] = None,
+    samples: Annotated[int, typer.Option(help="Trajectories to fit on.")] = 64,
+    fresh: Annotated[int, typer.Option(help="Trajectories to measure on.")] = 64,
+    substeps: Annotated[int, typer.Option(help="Steps of the teacher in one of the table.")] = 10,
+    target: Annotated[
+        str, typer.Option(help="global: the teacher's trajectory. local: anew from each step.")
+    ] = "global",
+    teacher: Annotated[str, typer.Option(help="Solver of the teacher.")] = "dpmpp_2m",
+    seed: Annotated[int, typer.Option(help="Which noise to fit on.")] = 0,
+    sigmas: Annotated[str | None, typer.Option(help="LAST,FIRST noise-to-signal ratio; as in the tables.")] = None,
+    history: Annotated[int, typer.Option(help="rows, end-to-end: predictions that a row may read.")] = 4,
+    ridge: Annotated[float | None, typer.Option(help="dode, rows: how strongly to stay near the base.")] = None,
+    iterations: Annotated[int, typer.Option(help="end-to-end: updates.")] = 300,
+    batch: Annotated[int, typer.Option(help="end-to-end: trajectories of an update.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="end-to-end: of the first update.")] = 0.02,
+    checkpoint: Annotated[Path | None, typer.Option(help="end-to-end: the network, if not in the bundle.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+) -> None:
+    """Fit a solver's table to a bundle's network, which stays as it is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from .runtime import Bundle
+    from .training.fitting import Settings, fit_bundle
+
+    if method == "end-to-end":
+        _need_torch("fit --method end-to-end")
+    settings = Settings(
+        _one_of("--method", method, ("dode", "rows", "end-to-end")),
+        solver,
+        steps,
+        guidance,
+        samples,
+        fresh,
+        substeps,
+        _one_of("--target", target, ("global", "local")),
+        teacher,
+        history=history,
+        ridge=ridge,
+        seed=seed,
+        sigma_range=_two_numbers("--sigmas", sigmas),
+        iterations=iterations,
+        batch=batch,
+        learning_rate=learning_rate,
+    )
+    if not output.parent.is_dir():
+        _stop(f"--output: there is no folder {output.parent}")
+    loaded = Bundle.load(bundle)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(f"Fitting {method} {solver} {steps}", total=None)
+        made = fit_bundle(
+            loaded,
+            settings,
+            checkpoint=checkpoint,
+            threads=threads,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    made.table.save(output)
+    gain = 100 * (1 - made.after / made.before) if made.before else 0.0
+    print(
+        f"{output}: {made.table.name} with {steps} steps in {made.seconds:.1f} s; RMSE to the teacher's end on fresh "
+        f"noise {made.before:.4f} before, {made.after:.4f} after ({-gain:+.0f} %); sha256 {made.table.sha256[:12]}"
+    )
+
+
+@tables.command("show")
+def table_show(file: Annotated[Path, typer.Argument(help="A table file.")]) -> None:
+    """Print a table: what it is, where it comes from, its rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .runtime import Tableau
+
+    tableau = Tableau.load(file)
+    console = Console()
+    console.print(f"[bold]{tableau.name}[/] with {tableau.num_steps} steps, predictions kept as {tableau.form}")
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_row("sha256", tableau.sha256)
+    facts.add_row("made for", "any weights" if tableau.weights_sha256 == "any" else f"weights {tableau.weights_sha256}")
+    facts.add_row("starts at", f"{tableau.initial_scale:.6g} x noise")
+    facts.add_row("misses its levels by", f"{tableau.residual:.3g} at most" if tableau.residual else "nothing")
+    for fact, value in tableau.provenance.items():
+        facts.add_row(fact.replace("_", " "), value)
+    console.print(facts)
+    weights = [f"b[{j}]" for j in range(tableau.history)]
+    rows = Table("row", "alpha", "sigma", "t", "a", *weights, "c", header_style="bold")
+    for column in rows.columns[1:]:
+        column.justify = "right"
+    for i in range(tableau.num_steps):
+        numbers = (tableau.alpha[i], tableau.sigma[i], tableau.t[i], tableau.a[i], *tableau.b[i], tableau.c[i])
+        rows.add_row(str(i), *(f"{number:.5g}" for number in numbers))
+    rows.add_row("end", f"{tableau.alpha[-1]:.5g}", f"{tableau.sigma[-1]:.5g}")
+    console.print(rows)
+
+
+@tables.command("check")
+def table_check(
+    file: Annotated[Path, typer.Argument(help="A table file.")],
+    bundle: Annotated[str | None, typer.Option("--bundle", help="The student it should fit.")] = None,
+) -> None:
+    """Say whether a table is sound, and whether it can be served with a student. Exit status 2 when not."""
+    from .runtime import Bundle, Tableau
+
+    tableau = Tableau.load(file)
+    what = f"{file}: {tableau.name} with {tableau.num_steps} steps"
+    if bundle is None:
+        print(f"{what} is sound; sha256 {tableau.sha256[:12]}")
+        return
+    loaded = Bundle.load(bundle)
+    try:
+        loaded.refuse_misfit(tableau)
+    except ValueError as error:
+        _stop(f"{file} does not fit {loaded.name}: {error}")
+    own = loaded.tableaus.get((tableau.name, tableau.num_steps))
+    same = own is not None and own.sha256 == tableau.sha256
+    note = "" if own is None else ", which has it already" if same else f", in the place of {own.sha256[:12]}"
+    print(f"{what} fits {loaded.name}{note}")
+
+
+@tables.command("diff")
+def table_diff(
+    old: Annotated[Path, typer.Argument(help="A table file.")],
+    new: Annotated[Path, typer.Argument(help="Another.")],
+) -> None:
+    """Compare two tables. Exit status 1 when they differ."""
+    from .runtime import Tableau
+    from .runtime.tableau import differences
+
+    found = differences(Tableau.load(old), Tableau.load(new))
+    if not found:
+        print(f"{old} and {new} are the same table")
+        return
+    for line in found:
+        print(line)
+    raise SystemExit(1)
+
+
+@tables.command("add")
+def table_add(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    files: Annotated[list[Path], typer.Argument(help="Table files; one of the same name and steps is replaced.")],
+) -> None:
+    """Put tables into a bundle, each checked against its network first."""
+    from .runtime import Tableau
+    from .runtime.bundle import add_tables
+
+    loaded = add_tables(bundle, [Tableau.load(file) for file in files])
+    print(f"{bundle}: {loaded.name} has {len(loaded.tableaus)} tables")
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A student.safetensors or teacher.safetensors of a run.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle.")],
@@ -189,6 +350,22 @@ def _need_torch(command: str) -> None:
     missing = [name for name in ("torch", "onnx", "onnxscript", "accelerate") if find_spec(name) is None]
     if missing:
         _stop(f"fewstep {command} needs {', '.join(missing)}: pip install 'fewstep[train]'")
+
+
+def _one_of(what: str, given: str, choices: tuple[T, ...]) -> T:
+    if given not in choices:
+        _stop(f"{what}: {given!r} is not one of {', '.join(map(str, choices))}")
+    return choices[choices.index(given)]
+
+
+def _two_numbers(what: str, given: str | None) -> tuple[float, float] | None:
+    if given is None:
+        return None
+    try:
+        low, high = map(float, given.split(","))
+    except ValueError:
+        _stop(f"{what}: {given!r} is not two numbers with a comma between them")
+    return low, high
 
 
 def _named(what: str, make: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ this network. Nothing in a bundle is executed and nothing is unpickled.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -264,6 +264,34 @@ def write_manifest(path: Path, fields: Mapping[str, Any]) -> Manifest:
     partial.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", "utf-8")
     partial.replace(path / MANIFEST)
     return manifest
+
+
+def add_tables(path: Path, tableaus: Sequence[Tableau]) -> Bundle:
+    """Put tables into a bundle's folder; one of the same name and number of steps is replaced.
+
+    Raises:
+        BundleError: the folder holds no bundle.
+        TableauError: a table does not fit it; nothing was changed.
+    """
+    bundle = Bundle.load(path)
+    for tableau in tableaus:
+        bundle.refuse_misfit(tableau)
+    held = {key: name for name in bundle.manifest.files if (key := _key_of(bundle, name)) is not None}
+    for tableau in tableaus:
+        name = held.get((tableau.name, tableau.num_steps), f"tableaus/{tableau.name}-{tableau.num_steps}.safetensors")
+        tableau.save(bundle.path / name)
+    fields = json.loads((bundle.path / MANIFEST).read_text("utf-8"))
+    del fields["format"], fields["files"]
+    write_manifest(bundle.path, fields)
+    return Bundle.load(bundle.path)
+
+
+def _key_of(bundle: Bundle, name: str) -> tuple[str, int] | None:
+    """Which table a file of a bundle is."""
+    if not name.startswith("tableaus/"):
+        return None
+    tableau = Tableau.load(bundle.path / name)
+    return tableau.name, tableau.num_steps
 
 
 def _find(source: str) -> Path:

@@ -16,6 +16,7 @@ A table is a file: safetensors, float64, its header in the metadata. It says whi
 
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -251,8 +252,13 @@ class Tableau:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the table to a file."""
-        path.write_bytes(self.to_bytes())
+        """Write the table to a file, which is replaced at once or not at all."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            partial.write_bytes(self.to_bytes())
+            partial.replace(path)
+        except OSError as error:
+            raise TableauError(f"{path}: cannot be written: {error.strerror}") from None
 
     @classmethod
     def load(cls, path: Path) -> "Tableau":
@@ -299,3 +305,24 @@ class Tableau:
             return cls(**arrays, **rest, clip=clip, start=header.get("start"))
         except (TypeError, TableauError) as error:
             raise TableauError(f"{source}: {error}") from None
+
+
+def differences(old: Tableau, new: Tableau) -> list[str]:
+    """What one table says otherwise than another, a line each; none when their files are the same."""
+    found = []
+    for name in _HEADER:
+        if name != "provenance" and getattr(old, name) != getattr(new, name):
+            found.append(f"{name}: {getattr(old, name)} -> {getattr(new, name)}")
+    for name in _ARRAYS:
+        before, after = getattr(old, name), getattr(new, name)
+        if before.shape != after.shape:
+            found.append(f"{name}: shape {list(before.shape)} -> {list(after.shape)}")
+            continue
+        for place in np.argwhere(before != after):
+            was, now = before[tuple(place)], after[tuple(place)]
+            found.append(f"{name}[{', '.join(map(str, place))}]: {was:.9g} -> {now:.9g} ({now - was:+.3g})")
+    for fact in sorted({*old.provenance, *new.provenance}):
+        was, now = old.provenance.get(fact, "nothing"), new.provenance.get(fact, "nothing")
+        if was != now:
+            found.append(f"provenance {fact}: {was} -> {now}")
+    return found

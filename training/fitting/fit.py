@@ -102,7 +102,10 @@ def table_of(solver: str, levels: Levels) -> Tableau:
     """A solver's table, by the solver's name."""
     if solver not in SOLVERS:
         raise FitError(f"solver: there is no {solver}; there are {', '.join(SOLVERS)}")
-    return SOLVERS[solver](levels)
+    try:
+        return SOLVERS[solver](levels)
+    except ValueError as error:
+        raise FitError(str(error)) from None
 
 
 def rms(x: Array) -> float:

@@ -146,7 +146,10 @@ class Teacher:
     def _table(self, levels: Levels) -> Tableau:
         if self._solver not in SOLVERS:
             raise FitError(f"teacher: there is no solver {self._solver}; there are {', '.join(SOLVERS)}")
-        table = SOLVERS[self._solver](levels)
+        try:
+            table = SOLVERS[self._solver](levels)
+        except ValueError as error:
+            raise FitError(f"teacher: {error}") from None
         if table.is_stochastic or table.num_steps != len(levels.t):
             raise FitError(f"teacher: {self._solver} is no deterministic solver with one call a level")
         return table
