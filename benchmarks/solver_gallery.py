@@ -135,7 +135,7 @@ def draw(results: dict[str, object], path: Path) -> None:
 
 
 def markdown(results: dict[str, object]) -> str:
-    """The figures as a table, best of each column in bold; with at most that many calls (two rows a step: one fewer)."""
+    """The figures as a table, best of each column in bold; a column is for at most that many calls."""
     curves = results["curves"]
     assert isinstance(curves, list)
     shown = (4, 6, 8, 12, 16, 32)

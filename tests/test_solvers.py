@@ -265,6 +265,35 @@ def test_what_a_solver_cannot_do_is_refused_by_name() -> None:
 # --- as served
 
 
+@pytest.mark.parametrize(
+    ("name", "window", "places"),
+    [
+        *((name, 1, 1) for name in ("ddim", "ancestral", "consistency", "lcm", "tcd")),
+        *((name, 2, 2) for name in ("heun", "dpmpp_2m", "dpmpp_2s", "dpm_solver_2", "deis_1")),
+        *((name, 3, 3) for name in ("dpmpp_3m", "dpm_solver_3", "unipc_2", "deis_2")),
+        *((name, 4, 4) for name in ("unipc_3", "deis_3", "ipndm_4", "sa_solver")),
+        ("pndm", 5, 4),  # its second prediction is used once
+    ],
+)
+def test_a_table_keeps_only_the_predictions_that_are_read_again(name: str, window: int, places: int) -> None:
+    """However far back it reaches."""
+    table = SOLVERS[name](sch.vp_linear(9))
+    assert (table.history, table.num_places) == (window, places)
+
+
+def test_the_scale_of_the_initial_noise_goes_with_the_table() -> None:
+    """A DDPM's samples start from noise of scale 1, by its users' custom; its first level has a little less."""
+    table = sol.ddim(sch.discrete(4))
+    assert table.start == table.initial_scale == 1 > table.sigma[0]
+    assert table.step_rows(Prediction("eps"))[0].c == 1
+    again = Tableau.from_bytes(table.to_bytes())
+    assert (again.start, again.sha256) == (1, table.sha256)
+    assert sol.ddim(sch.karras(4)).start is None
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(TableauError, match=r"^ddim: start .* is not a positive number$"):
+            replace(table, start=bad)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_float32_is_enough_and_unwritten_memory_is_not_read(name: str) -> None:
     """Rows in float32 by the fused step, the history memory full of NaN at first, against the same table in float64."""
