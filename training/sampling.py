@@ -42,7 +42,7 @@ def sample(
     """
     parts = []
     for rows in torch.split(label, batch):
-        x = float(tableau.sigma[0]) * torch.randn(len(rows), *sample_shape, generator=generator).to(rows.device)
+        x = tableau.initial_scale * torch.randn(len(rows), *sample_shape, generator=generator).to(rows.device)
         for point in follow(denoiser, tableau, x, rows, generator):
             x = point
         parts.append(x)

@@ -52,7 +52,7 @@ class Trajectories:
         rng = generator(self.distillation.seed, 17, self.distillation.process)
         self.labels.copy_(torch.randint(len(self.distillation.images.class_names), self.labels.shape, generator=rng))
         for rows in torch.split(torch.arange(len(self.labels)), batch):
-            x = self.tableau.sigma[0] * torch.randn(self.states[rows, 0].shape, generator=rng).to(self.states)
+            x = self.tableau.initial_scale * torch.randn(self.states[rows, 0].shape, generator=rng).to(self.states)
             points = follow(self.distillation.teacher, self.tableau, x, self.labels[rows], rng)
             for i, point in enumerate(points):
                 if i % self.parts == 0:
