@@ -151,8 +151,8 @@ def _engine(service: Service, model: str | None) -> Engine:
 def _requests(engine: Engine, asked: ImageRequest, max_images: int) -> list[Request]:
     manifest = engine.bundle.manifest
     _, height, width = manifest.sample_shape
-    if asked.n > max_images:
-        raise ApiError(400, f"n: at most {max_images} images in one request, got {asked.n}", param="n")
+    if asked.n > (limit := min(max_images, engine.max_waiting)):
+        raise ApiError(400, f"n: at most {limit} images in one request, got {asked.n}", param="n")
     if asked.size not in (None, "auto", f"{width}x{height}"):
         raise ApiError(400, f"size: {manifest.name} makes {width}x{height}, got {asked.size!r}", param="size")
     label = None

@@ -224,13 +224,27 @@ def test_half_a_request_and_garbage_do_not_stop_the_server(address: Address) -> 
 
 def test_a_full_queue_is_429_and_says_when_to_come_back(serving: Serving, make_bundle: Callable[..., Path]) -> None:
     with serving(make_bundle(), "--max-waiting", "4", "--max-rows", "1") as (_, address):
-        status, answer, headers = ask(address, "POST", "/v1/images/generations", {"prompt": "1", "n": 64})
-        assert status == 429
-        assert answer["error"]["code"] == "queue_full"
-        assert int(headers["retry-after"]) >= 1
-        assert float(headers["retry-after-ms"]) > 0
-        assert metric(address, "nv_inference_request_failure", reason="REJECTED") == 64
-        generate(address, prompt="1", n=4)
+        body = {"prompt": "1", "n": 4, "solver": "heun", "num_inference_steps": 7}
+        answers: list[Any] = []
+
+        def client() -> None:
+            answers.append(ask(address, "POST", "/v1/images/generations", body))
+
+        threads = [threading.Thread(target=client) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        refused = [(answer, headers) for status, answer, headers in answers if status == 429]
+        assert {status for status, *_ in answers} == {200, 429}
+        for answer, headers in refused:
+            assert answer["error"]["code"] == "queue_full"
+            assert int(headers["retry-after"]) >= 1
+            assert float(headers["retry-after-ms"]) > 0
+        assert metric(address, "nv_inference_request_failure", reason="REJECTED") == 4 * len(refused)
+        assert metric(address, "nv_inference_request_success") == 4 * (12 - len(refused))
+        status, answer, _ = ask(address, "POST", "/v1/images/generations", {"prompt": "1", "n": 5})
+        assert (status, answer["error"]["message"]) == (400, "n: at most 4 images in one request, got 5")
 
 
 def test_a_deadline_that_cannot_be_met_is_504(address: Address) -> None:
