@@ -3,15 +3,19 @@
 A tick is ``step()``: let go of what nobody wants, admit what waits, one network call over all running rows,
 one fused step over all of them, hand out what is finished. Requests of any solver, step count, guidance and
 seed share the batch and join or leave at every tick, because nothing of that is a property of the batch.
+
+Tables come and go while it runs. A request holds the table it was made with and ends on that one, whatever is loaded
+meanwhile; the packed rows belong to the thread that steps, which moves them only between ticks, and keeps those of
+tables that are served or running and no others.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,9 +26,12 @@ from .bundle import Bundle, BundleError
 from .request import DeadlineExpired, EngineStopped, QueueFull, Request, Sample, SampleFailed, Ticket
 from .scheduler import Scheduler
 from .slots import Slots
-from .tableau import Tableau
+from .tableau import Tableau, TableauError
 
 log = logging.getLogger("fewstep")
+
+MAX_LOADED = 256  # tables that may be loaded over a bundle's own
+_Key = tuple[str, int]  # a table's name and number of steps
 
 
 @dataclass(slots=True)
@@ -83,11 +90,12 @@ class Engine:
         self._slots = Slots(max_rows, self._input, max(t.num_places for t in bundle.tableaus.values()))
         self._scratch = Scratch(max_rows, elements)
         self._uncond = np.full(max_rows, -1, np.int32)
-        self._tableaus: list[Tableau] = []
-        self._rows_of: dict[str, range] = {}  # by the table's hash: its rows in self._table
-        self._table: Array = pack_rows([], 1)
-        for tableau in bundle.tableaus.values():
-            self._rows(tableau)
+        self._loaded: Mapping[_Key, Tableau] = {}  # over the bundle's own; replaced as a whole, never changed
+        self._are_tables_stale = False  # whether served tables changed since self._table was packed
+        self._packed: dict[str, Array] = {}  # by hash: the rows as the kernel reads them
+        self._rows_of: dict[str, range] = {}  # by hash: which rows of self._table
+        self._table: Array
+        self._pack()
         self._scheduler = Scheduler()
         self._is_closed = False
         self._lock = threading.Lock()  # around the scheduler and the counters; no future is touched under it
@@ -162,6 +170,65 @@ class Engine:
         """Samples in slots."""
         return len(self._slots)
 
+    # --- tables
+
+    @property
+    def tableaus(self) -> Mapping[_Key, Tableau]:
+        """What is served now, by solver name and number of steps: the bundle's tables, and over them those loaded."""
+        return {**self.bundle.tableaus, **self._loaded}
+
+    @property
+    def loaded(self) -> Mapping[_Key, Tableau]:
+        """The tables that were loaded into this engine, over those of the bundle."""
+        return self._loaded
+
+    def tableau(self, solver: str | None = None, num_steps: int | None = None) -> Tableau:
+        """The table that a request asks for, of those served now; see `Bundle.tableau`."""
+        return replace(self.bundle, tableaus=self.tableaus).tableau(solver, num_steps)
+
+    def load_table(self, tableau: Tableau) -> Tableau | None:
+        """Serve a table from now on, in the place of the one with its name and number of steps.
+
+        Requests that were accepted before end on the table they were accepted with.
+
+        Returns:
+            The table it replaces, the same one if it was served already.
+
+        Raises:
+            TableauError: it does not fit the student, or there are `MAX_LOADED` already; nothing was changed.
+        """
+        self.bundle.refuse_misfit(tableau)
+        key = tableau.name, tableau.num_steps
+        with self._lock:
+            if key not in self._loaded and len(self._loaded) >= MAX_LOADED:
+                raise TableauError(f"{tableau.name}: {MAX_LOADED} tables are loaded already; remove one first")
+            replaced = self.tableaus.get(key)
+            self._loaded = {**self._loaded, key: tableau}
+            self._are_tables_stale = True
+        return replaced
+
+    def unload_table(self, solver: str, num_steps: int, sha256: str | None = None) -> Tableau:
+        """Serve a loaded table no more; one of the bundle's that it stood over is served again.
+
+        Args:
+            solver: its name.
+            num_steps: its number of steps.
+            sha256: unload it only if it is this one.
+
+        Returns:
+            The table.
+
+        Raises:
+            KeyError: there is none.
+        """
+        with self._lock:
+            tableau = self._loaded[solver, num_steps]
+            if sha256 not in (None, tableau.sha256):
+                raise KeyError((solver, num_steps))
+            self._loaded = {key: table for key, table in self._loaded.items() if table is not tableau}
+            self._are_tables_stale = True
+        return tableau
+
     # --- working
 
     def step(self) -> bool:
@@ -171,6 +238,8 @@ class Engine:
             Whether there was anything to run.
         """
         start_s = time.monotonic()
+        if self._are_tables_stale:
+            self._pack()
         self._let_go(start_s)
         self._admit(start_s)
         rows = len(self._slots)
@@ -289,21 +358,41 @@ class Engine:
         with self._lock:
             setattr(self.counters, end, getattr(self.counters, end) + 1)
 
-    # --- tables and checks
+    # --- packed rows and checks
 
     def _rows(self, tableau: Tableau) -> range:
         """Where a table's rows stand in ``self._table``; a table not seen before is added."""
-        known = self._rows_of.get(tableau.sha256)
-        if known is None:
-            self.bundle.refuse_misfit(tableau)
-            self._tableaus.append(tableau)
-            history = max(t.num_places for t in self._tableaus)
-            packed = [t.step_rows(self.bundle.manifest.output.prediction()) for t in self._tableaus]
-            self._table = pack_rows([row for rows in packed for row in rows], history)
-            self._slots.deepen(history)
-            start = sum(len(rows) for rows in packed[:-1])
-            known = self._rows_of[tableau.sha256] = range(start, start + len(packed[-1]))
-        return known
+        if tableau.sha256 not in self._rows_of:
+            self._pack(tableau)
+        return self._rows_of[tableau.sha256]
+
+    def _pack(self, *wanted: Tableau) -> None:
+        """Pack the rows of the tables that are served, running or wanted, and show running rows where theirs went.
+
+        Only between ticks. The history is never made shallower, so what running rows keep there stays in place.
+        """
+        self._are_tables_stale = False  # first: what is loaded meanwhile is seen next time
+        running = (ticket.request.tableau for ticket in self._slots.tickets)
+        kept = {tableau.sha256: tableau for tableau in (*self.tableaus.values(), *running, *wanted)}
+        self._slots.deepen(max(tableau.num_places for tableau in kept.values()))
+        depth = self._slots.history.shape[1]
+        prediction = self.bundle.manifest.output.prediction()
+        packed: dict[str, Array] = {}
+        for sha256, tableau in kept.items():
+            known = self._packed.get(sha256)
+            is_same = known is not None and known["b"].shape[1] == depth
+            packed[sha256] = known if known is not None and is_same else pack_rows(tableau.step_rows(prediction), depth)
+        rows_of: dict[str, range] = {}
+        stop = 0
+        for sha256, rows in packed.items():
+            rows_of[sha256] = range(stop, stop := stop + len(rows))
+        for i, ticket in enumerate(self._slots.tickets):
+            sha256 = ticket.request.tableau.sha256
+            moved = rows_of[sha256].start - self._rows_of[sha256].start
+            self._slots.table_row[i] += moved
+            self._slots.end_row[i] += moved
+        self._table = np.concatenate(list(packed.values()))
+        self._packed, self._rows_of = packed, rows_of
 
     def _refuse_other_inputs(self) -> None:
         manifest, inputs = self.bundle.manifest, self._backend.inputs
