@@ -36,6 +36,9 @@ def serve(
     max_rows: Annotated[int | None, typer.Option(help="Samples of a student that run together.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Samples of a student that may wait.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one network call.")] = None,
+    tables_folder: Annotated[
+        Path | None, typer.Option(help="Folder whose tables are served too, as they come.")
+    ] = None,
     access_log: Annotated[bool | None, typer.Option("--access-log", help="Log each request.")] = None,
 ) -> None:
     """Serve students over HTTP.
@@ -49,7 +52,7 @@ def serve(
 
     flags = {
         "bundles": bundles or None, "host": host, "port": port, "max_rows": max_rows, "max_waiting": max_waiting,
-        "threads": threads, "access_log": access_log,
+        "threads": threads, "tables_folder": tables_folder, "access_log": access_log,
     }  # fmt: skip
     run(Settings.load(config, flags))
 
@@ -237,6 +240,8 @@ def table_show(file: Annotated[Path, typer.Argument(help="A table file.")]) -> N
     console = Console()
     console.print(f"[bold]{tableau.name}[/] with {tableau.num_steps} steps, predictions kept as {tableau.form}")
     facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")
     facts.add_row("sha256", tableau.sha256)
     facts.add_row("made for", "any weights" if tableau.weights_sha256 == "any" else f"weights {tableau.weights_sha256}")
     facts.add_row("starts at", f"{tableau.initial_scale:.6g} x noise")

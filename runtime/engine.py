@@ -91,6 +91,7 @@ class Engine:
         self._scratch = Scratch(max_rows, elements)
         self._uncond = np.full(max_rows, -1, np.int32)
         self._loaded: Mapping[_Key, Tableau] = {}  # over the bundle's own; replaced as a whole, never changed
+        self._served = bundle  # with those loaded
         self._are_tables_stale = False  # whether served tables changed since self._table was packed
         self._packed: dict[str, Array] = {}  # by hash: the rows as the kernel reads them
         self._rows_of: dict[str, range] = {}  # by hash: which rows of self._table
@@ -175,7 +176,7 @@ class Engine:
     @property
     def tableaus(self) -> Mapping[_Key, Tableau]:
         """What is served now, by solver name and number of steps: the bundle's tables, and over them those loaded."""
-        return {**self.bundle.tableaus, **self._loaded}
+        return self._served.tableaus
 
     @property
     def loaded(self) -> Mapping[_Key, Tableau]:
@@ -184,7 +185,7 @@ class Engine:
 
     def tableau(self, solver: str | None = None, num_steps: int | None = None) -> Tableau:
         """The table that a request asks for, of those served now; see `Bundle.tableau`."""
-        return replace(self.bundle, tableaus=self.tableaus).tableau(solver, num_steps)
+        return self._served.tableau(solver, num_steps)
 
     def load_table(self, tableau: Tableau) -> Tableau | None:
         """Serve a table from now on, in the place of the one with its name and number of steps.
@@ -203,8 +204,7 @@ class Engine:
             if key not in self._loaded and len(self._loaded) >= MAX_LOADED:
                 raise TableauError(f"{tableau.name}: {MAX_LOADED} tables are loaded already; remove one first")
             replaced = self.tableaus.get(key)
-            self._loaded = {**self._loaded, key: tableau}
-            self._are_tables_stale = True
+            self._serve({**self._loaded, key: tableau})
         return replaced
 
     def unload_table(self, solver: str, num_steps: int, sha256: str | None = None) -> Tableau:
@@ -225,9 +225,13 @@ class Engine:
             tableau = self._loaded[solver, num_steps]
             if sha256 not in (None, tableau.sha256):
                 raise KeyError((solver, num_steps))
-            self._loaded = {key: table for key, table in self._loaded.items() if table is not tableau}
-            self._are_tables_stale = True
+            self._serve({key: table for key, table in self._loaded.items() if table is not tableau})
         return tableau
+
+    def _serve(self, loaded: Mapping[_Key, Tableau]) -> None:
+        self._loaded = loaded
+        self._served = replace(self.bundle, tableaus={**self.bundle.tableaus, **loaded})
+        self._are_tables_stale = True
 
     # --- working
 

@@ -2,6 +2,7 @@
 
 POST /v1/images/generations    samples, as OpenAI's clients ask for them
 GET  /v1/models                the students, with their labels and tables
+POST, GET, DELETE /v2/models/{model}/tables    tables that are loaded into a student
 GET  /v2/health/live, /ready   for probes
 GET  /metrics                  for Prometheus
 GET  /                         a page to try it
@@ -15,13 +16,15 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..runtime import Engine
 from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
-from .images import ImageRequest, ImageResponse, generate_images
+from .images import ImageRequest, ImageResponse, generate_images, read_body
 from .metrics import registry_of
 from .service import Service
+from .tables import describe_table, load_table, unload_table
 
 IMAGES = "/v1/images/generations"
 PAGE = Path(__file__).parent / "page" / "index.html"
@@ -56,10 +59,30 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> dict[str, Any]:
+        return _describe(engine_of(model), service.started_s)
+
+    def engine_of(model: str) -> Engine:
         engine = service.engines.get(model)
         if engine is None:
             raise ApiError(404, f"model: {model!r} is not served", param="model", code="model_not_found")
-        return _describe(engine, service.started_s)
+        return engine
+
+    # Loading is quick, yet it stays off the event loop: the engine's own thread may hold its lock.
+    @app.post("/v2/models/{model}/tables")
+    async def post_table(model: str, request: Request) -> dict[str, Any]:
+        engine = engine_of(model)
+        return await run_in_threadpool(load_table, engine, await read_body(request, service.settings.max_body_bytes))
+
+    @app.get("/v2/models/{model}/tables")
+    async def tables(model: str) -> dict[str, Any]:
+        engine = engine_of(model)
+        return {"model": model, "tables": [describe_table(engine, tableau) for tableau in engine.tableaus.values()]}
+
+    @app.delete("/v2/models/{model}/tables/{solver}/{num_steps}")
+    async def delete_table(model: str, solver: str, num_steps: str) -> dict[str, Any]:
+        if not (num_steps.isascii() and num_steps.isdigit() and len(num_steps) < 9):
+            raise ApiError(400, f"num_steps: {num_steps[:20]!r} is no number of steps", param="num_steps")
+        return await run_in_threadpool(unload_table, engine_of(model), solver, int(num_steps))
 
     @app.get("/v2/health/live")
     async def live(response: Response) -> dict[str, bool]:
@@ -122,8 +145,5 @@ def _describe(engine: Engine, created: int) -> dict[str, Any]:
         "labels": list(manifest.labels.names) if manifest.labels else [],
         "guidance": manifest.guidance.model_dump(),
         "default_tableau": manifest.default_tableau.model_dump(),
-        "tableaus": [
-            {"solver": name, "num_steps": steps, "stochastic": tableau.is_stochastic, "sha256": tableau.sha256}
-            for (name, steps), tableau in engine.bundle.tableaus.items()
-        ],
+        "tableaus": [describe_table(engine, tableau) for tableau in engine.tableaus.values()],
     }

@@ -79,6 +79,7 @@ class ImageResponse(BaseModel):
     model: str
     solver: str
     num_inference_steps: int
+    tableau_sha256: str
     guidance_scale: float
     size: str
     output_format: str
@@ -92,7 +93,7 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
         ApiError: it cannot be answered; nothing of it was kept.
     """
     arrived_s = time.perf_counter()
-    asked = _parse(await _read_body(http, service.settings.max_body_bytes))
+    asked = _parse(await read_body(http, service.settings.max_body_bytes))
     engine = _engine(service, asked.model)
     requests = _requests(engine, asked, service.settings.max_images)
     if service.is_draining:
@@ -109,7 +110,8 @@ def _draining() -> ApiError:
     return ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
 
 
-async def _read_body(http: HttpRequest, limit: int) -> bytes:
+async def read_body(http: HttpRequest, limit: int) -> bytes:
+    """The body of a request, of which no more than ``limit`` bytes are ever held."""
     body = bytearray()
     async for chunk in http.stream():
         body += chunk
@@ -163,7 +165,7 @@ def _requests(engine: Engine, asked: ImageRequest, max_images: int) -> list[Requ
         except ValueError as error:
             raise ApiError(400, f"prompt: {error}", param="prompt", code="unknown_label") from None
     try:
-        tableau = engine.bundle.tableau(asked.solver, asked.num_inference_steps)
+        tableau = engine.tableau(asked.solver, asked.num_inference_steps)
     except ValueError as error:
         field = "num_inference_steps" if asked.num_inference_steps else "solver"
         raise ApiError(400, f"{field}: {error}", param=field, code="no_such_table") from None
@@ -226,6 +228,7 @@ def _answer(engine: Engine, asked: ImageRequest, samples: list[Sample], arrived_
         "model": engine.bundle.name,
         "solver": request.tableau.name,
         "num_inference_steps": request.tableau.num_steps,
+        "tableau_sha256": request.tableau.sha256,
         "guidance_scale": guidance,
         "size": f"{width}x{height}",
         "output_format": image_format,

@@ -8,7 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from ..runtime import Bundle, Engine, EngineThread
-from .settings import Settings
+from .settings import Settings, SettingsError
+from .tables import TablesFolder
 
 
 class Service:
@@ -19,6 +20,7 @@ class Service:
 
     Raises:
         BundleError: a bundle cannot be loaded, or two have the same name.
+        SettingsError: the tables' folder does not exist.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -36,13 +38,22 @@ class Service:
         self.is_draining = False
         self.encoders = ThreadPoolExecutor(settings.encoders, "fewstep-encoder")
         self._thread = EngineThread(list(self.engines.values()))
+        self._tables: TablesFolder | None = None
+        if settings.tables_folder is not None:
+            if not settings.tables_folder.is_dir():
+                raise SettingsError(f"tables_folder: there is no folder {settings.tables_folder}")
+            self._tables = TablesFolder(settings.tables_folder, self.engines)
 
     def start(self) -> None:
-        """Start the engine thread."""
+        """Start the engine thread, and the watch on the tables' folder."""
+        if self._tables is not None:
+            self._tables.start()
         self._thread.start()
 
     def stop(self) -> None:
         """Finish what was accepted, then stop."""
+        if self._tables is not None:
+            self._tables.stop()
         self._thread.stop()
         self.encoders.shutdown()
 

@@ -31,6 +31,7 @@ class Settings(BaseModel):
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
     max_images: int = Field(default=64, ge=1)  # n of one request
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
+    tables_folder: Path | None = None  # whose tables are served too, as they come and go; see tables
     threads: int | None = Field(default=None, ge=1)  # CPU threads of one network call; None: all cores
     encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
     drain_timeout_s: float = Field(default=30.0, gt=0)  # for accepted requests, after SIGTERM
