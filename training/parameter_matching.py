@@ -16,6 +16,7 @@ least there.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -77,7 +78,9 @@ def teacher_gradient(
 
 def moved_by(teacher: Predictor, theta: Parameters, nu: Parameters, z: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
     """How the teacher's prediction changes if ``theta`` moves along ``nu``: a forward-mode product."""
-    change: Tensor = jvp(lambda theta: predict(teacher, theta, z, sigma, label), (theta,), (nu,))[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when forward mode is first used
+        change: Tensor = jvp(lambda theta: predict(teacher, theta, z, sigma, label), (theta,), (nu,))[1]
     return change
 
 

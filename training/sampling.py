@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..runtime.schedules import EDM, Levels
+from ..runtime.schedules import COSINE, EDM, Levels, straight
 from ..runtime.tableau import Tableau
-from .denoiser import Predictor
+from .denoiser import PredictionType, Predictor
 
 
 @torch.no_grad()
@@ -72,6 +72,17 @@ def ve_levels(sigmas: Sequence[float]) -> Levels:
     """Levels on the path ``alpha = 1``, noisiest first, with clean data behind them."""
     sigma = np.array(sigmas)
     return Levels(np.ones(len(sigma) + 1), np.append(sigma, 0.0), np.log(sigma) / 4, schedule=EDM)
+
+
+def on_path(levels: Levels, prediction: PredictionType) -> Levels:
+    """Levels of the path ``alpha = 1`` on the path of a prediction type; see `denoiser.parametrise`."""
+    if prediction == "edm":
+        return levels
+    ratio = levels.sigma / levels.alpha
+    if prediction == "flow":
+        return Levels(1 / (1 + ratio), ratio / (1 + ratio), (ratio / (1 + ratio))[:-1], schedule=straight())
+    alpha = 1 / np.hypot(1, ratio)
+    return Levels(alpha, ratio * alpha, np.arctan(ratio[:-1]) * (2 / np.pi), schedule=COSINE)
 
 
 def save_grid(x: Tensor, path: Path, columns: int) -> None:

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from ..export import Parity, write_bundle
 from ..runtime import Bundle, Tableau
 from ..runtime.schedules import karras
-from ..runtime.solvers import ancestral, ddim, dpmpp_2m, ipndm, unipc
+from ..runtime.solvers import SOLVERS, ddim, dpmpp_2m, ipndm, unipc
 from .checkpoint import Checkpoint, load_checkpoint
+from .methods import method_of
+from .recipe import Guided as GuidedStudent
+from .sampling import on_path, ve_levels
 
 STEPS = (1, 2, 3, 4, 6, 8)  # how many a student is offered with, beside its own number
 
@@ -55,25 +58,30 @@ def export_checkpoint(
     tables = list(_tables(checkpoint))
     num_classes = len(checkpoint.class_names)
     is_teacher = checkpoint.kind == "teacher"
-    steps = 16 if is_teacher else len(checkpoint.sigmas)
+    steps = 8 if is_teacher else len(checkpoint.sigmas)
     is_guided = is_teacher and bool(num_classes)
     guidance = {"mode": "embedded", "default": 2.0, "minimum": 1.0, "maximum": 6.0} if is_guided else {}
+    student, config = checkpoint.recipe.student, checkpoint.network.config
+    is_told = isinstance(student, GuidedStudent) and config.guidance_embedding
+    if isinstance(student, GuidedStudent) and is_told:
+        scale = {"default": student.guidance, "minimum": student.guidance_min, "maximum": student.guidance_max}
+        guidance = {"mode": "embedded", **{name: 1 + w for name, w in scale.items()}}
     manifest: dict[str, Any] = {
         "name": name or checkpoint.recipe.name,
         "version": version,
         "description": description or _describe(checkpoint),
         "sample_shape": checkpoint.sample_shape,
-        "path": "ve",
-        "output": {"type": "edm", "sigma_data": checkpoint.sigma_data},
+        "path": {"edm": "ve", "flow": "flow"}.get(config.prediction, "vp"),
+        "output": {"type": config.prediction, "sigma_data": checkpoint.sigma_data},
         "labels": {"names": checkpoint.class_names, "null": num_classes} if num_classes else None,
         "guidance": guidance,
-        "default_tableau": {"solver": "dpmpp_2m" if is_teacher else "ancestral", "num_steps": steps},
+        "default_tableau": {"solver": "dpmpp_2m" if is_teacher else _solvers(checkpoint)[0], "num_steps": steps},
         "licence": checkpoint.licence,
         "provenance": {
             "dataset": checkpoint.dataset,
             "images_seen": str(checkpoint.images),
-            "method": "denoising, EDM" if is_teacher else checkpoint.recipe.student.method,
-            "guidance_baked_in": f"{1 + checkpoint.guidance:g}",
+            "method": "denoising, EDM" if is_teacher else student.method,
+            "guidance_baked_in": "none" if is_told else f"{1 + checkpoint.guidance:g}",
             "recipe_sha256": checkpoint.recipe.hash,
         },
         "metrics": metrics,
@@ -106,19 +114,28 @@ class Guided(nn.Module):
 
 
 def _tables(checkpoint: Checkpoint) -> Iterable[Tableau]:
+    prediction = checkpoint.network.config.prediction
     if checkpoint.kind == "teacher":
         for steps in (3, 4, 5, 6, 7, 8, 12, 16, 32):
-            levels = karras(steps, 0.05 if steps <= 8 else 0.01, 40.0)
+            levels = on_path(karras(steps, 0.05 if steps <= 8 else 0.01, 40.0), prediction)
             yield from (ddim(levels), dpmpp_2m(levels))
             if steps <= 16:
-                yield from (ipndm(levels, 3), unipc(levels, 2), unipc(levels, 3))
+                yield from (ipndm(levels, 2), ipndm(levels, 3), unipc(levels, 2))
         return
-    sigma_max, sigma_min = checkpoint.sigmas[0], checkpoint.sigmas[-1]
-    for steps in sorted({*STEPS, len(checkpoint.sigmas)}):
-        levels = karras(steps, sigma_min, sigma_max)
-        yield from (ancestral(levels), ddim(levels))
-        if steps > 2:
-            yield dpmpp_2m(levels)
+    own, sigma_max, sigma_min = len(checkpoint.sigmas), checkpoint.sigmas[0], checkpoint.sigmas[-1]
+    other = STEPS if method_of(checkpoint.recipe.student).any_steps else ()
+    for steps in sorted({*other, own}):
+        levels = ve_levels(checkpoint.sigmas) if steps == own else karras(steps, sigma_min, sigma_max)
+        for solver in _solvers(checkpoint):
+            if steps > 2 or solver != "dpmpp_2m" or steps == own:
+                yield SOLVERS[solver](on_path(levels, prediction))
+
+
+def _solvers(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of a student's solvers, the default first."""
+    student = checkpoint.recipe.student
+    is_last = len(checkpoint.sigmas) == student.num_steps
+    return method_of(student).solvers if is_last else ("ddim",)  # a stage on the way is deterministic
 
 
 def _describe(checkpoint: Checkpoint) -> str:
@@ -127,5 +144,7 @@ def _describe(checkpoint: Checkpoint) -> str:
     if checkpoint.kind == "teacher":
         return f"Diffusion model of {checkpoint.dataset}, {size}, guidance as an input"
     guided = f", guidance {1 + checkpoint.guidance:g} baked in" if checkpoint.guidance else ""
+    if checkpoint.network.config.guidance_embedding:
+        guided = ", guidance as an input"
     method = checkpoint.recipe.student.method
     return f"{len(checkpoint.sigmas)}-step {method} student of {checkpoint.dataset}, {size}{guided}"
