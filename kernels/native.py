@@ -93,7 +93,7 @@ def _built() -> Path | None:
     for name in _SOURCES:
         key.update((_FOLDER / name).read_bytes())
     name = f"fewstep-cpu-{key.hexdigest()[:24]}.so"
-    for folder in _cache_folders():
+    for folder in cache_folders():
         if (folder / name).is_file():
             return folder / name
         compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
@@ -113,7 +113,8 @@ def _built() -> Path | None:
     return None
 
 
-def _cache_folders() -> list[Path]:
+def cache_folders() -> list[Path]:
+    """Where what was compiled is kept, in the order in which they are tried."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     user = os.getuid() if hasattr(os, "getuid") else "user"
     return [Path(base) / "fewstep", Path(tempfile.gettempdir()) / f"fewstep-{user}"]

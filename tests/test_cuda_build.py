@@ -1,0 +1,280 @@
+"""The CUDA step without a GPU: it compiles without spills, and its source, run on the CPU, gives the reference's bits.
+
+A C++ compiler takes ``cuda.cu`` as it is, given stand-ins for CUDA's few names; a loop over the grid that `plan`
+chose stands in for the GPU. So the indexing, both access widths and all history depths are executed here.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from fused_step_cases import CASES, Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fewstep.kernels import StepRow, cuda, normals, pack_rows, step_reference
+
+Array = NDArray[Any]
+DTYPES: dict[cuda.Network, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+KERNELS = Path(cuda.__file__).parent
+needs_compiler = pytest.mark.skipif(not cuda._compiler(), reason="neither NVRTC nor nvcc is installed")
+needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+STAND_INS = r"""
+#include <cstring>
+#define __device__
+#define __global__
+#define __launch_bounds__(n)
+#define __forceinline__ inline
+struct Three { long x, y, z; };
+static Three blockIdx, threadIdx, blockDim;
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+#include "cuda.cu"
+#define RUN(NAME) \
+  if (!strcmp(name, #NAME)) \
+    for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++) \
+      for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) \
+        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) \
+          NAME(table, row_bytes, row, elements, slots, x, history, raw, uncond, guidance, seed, network_input);
+extern "C" void launch(const char* name, long blocks, long rows, long threads, FEWSTEP_ARGUMENTS) {
+  blockDim.x = threads;
+  RUN(fewstep_step_1_whole) RUN(fewstep_step_2_whole) RUN(fewstep_step_4_whole) RUN(fewstep_step_8_whole)
+  RUN(fewstep_step_1_any) RUN(fewstep_step_2_any) RUN(fewstep_step_4_any) RUN(fewstep_step_8_any)
+}
+"""
+
+
+class Emulated:
+    """The kernels of one build as `fused_step`; it remembers which of them ran."""
+
+    def __init__(self, library: ctypes.CDLL, network: cuda.Network) -> None:
+        pointer, number = ctypes.c_void_p, ctypes.c_longlong
+        self._launch, self._network = library.launch, network
+        grid: list[Any] = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_long]
+        self._launch.argtypes = [*grid, pointer, number, pointer, number, ctypes.c_int, *[pointer] * 7]
+        self._launch.restype = None
+        self.ran: set[str] = set()
+
+    def __call__(
+        self, table: Array, row: Array, x: Array, history: Array, raw: Array, uncond: Array, guidance: Array,
+        seed: Array, network_input: Array,
+    ) -> None:  # fmt: skip
+        (rows, elements), slots = x.shape, history.shape[1]
+        pointers = tuple(array.ctypes.data for array in (x, history, raw, network_input))
+        launch = cuda.plan(rows, elements, slots, self._network, pointers)
+        self.ran.add(launch.kernel)
+        self._launch(
+            launch.kernel.encode(), *launch.grid, launch.threads, table.ctypes.data, table.strides[0], row.ctypes.data,
+            elements, slots, x.ctypes.data, history.ctypes.data, raw.ctypes.data, uncond.ctypes.data,
+            guidance.ctypes.data, seed.ctypes.data, network_input.ctypes.data,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
+    """Build the CUDA source with g++: ``emulated(network, fast=False)``."""
+    made: dict[tuple[str, bool], Emulated] = {}
+    folder = tmp_path_factory.mktemp("emulated")
+
+    def build(network: cuda.Network, fast: bool = False) -> Emulated:
+        if (network, fast) not in made:
+            source, library = folder / "emulated.cpp", folder / f"{network}-{fast}.so"
+            source.write_text(STAND_INS)
+            flags = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", f"-I{KERNELS}"]
+            defines = [f"-DFEWSTEP_NETWORK={cuda.NETWORKS.index(network)}", f"-DFEWSTEP_FAST_NOISE={int(fast)}"]
+            subprocess.run(["g++", *flags, *defines, str(source), "-o", str(library)], check=True, timeout=120)
+            made[network, fast] = Emulated(ctypes.CDLL(str(library)), network)
+        return made[network, fast]
+
+    return build
+
+
+EVERY_ACCESS = {**CASES, "elements": st.sampled_from([1, 3, 4, 7, 8, 20, 32, 64, 65, 1024, 2056, 2059])}
+EVERY_ACCESS["history"] = st.sampled_from([1, 2, 3, 4, 5, 8, 11])
+
+
+@needs_cxx
+@pytest.mark.parametrize("network", cuda.NETWORKS)
+def test_the_cuda_source_run_on_the_cpu_is_the_reference_to_the_bit(
+    network: cuda.Network, emulated: Callable[..., Emulated]
+) -> None:
+    """Also what is not read: NaN stands in every unused term of a `Case`."""
+    step = emulated(network)
+
+    @given(**{**EVERY_ACCESS, "dtype": st.just(DTYPES[network])})
+    @settings(max_examples=150, deadline=None)
+    def holds(seed: int, rows: int, elements: int, history: int, dtype: Any) -> None:
+        case = Case(np.random.default_rng(seed), rows, elements, history, dtype)
+        for got, wanted in zip(case.run(step), case.run(step_reference), strict=True):
+            assert got.tobytes() == wanted.tobytes()
+
+    holds()
+    assert step.ran == {f"fewstep_step_{depth}_{access}" for depth in cuda.DEPTHS for access in ("whole", "any")}
+
+
+@needs_cxx
+def test_unaligned_arrays_give_the_same_bits(emulated: Callable[..., Emulated]) -> None:
+    case = Case(np.random.default_rng(3), 5, 64, 2, np.float32)
+    wanted = case.run(step_reference)
+
+    def off_by_four(array: Array) -> Array:
+        memory = np.empty(array.nbytes + 32, np.uint8)
+        start = -memory.ctypes.data % 16 + 4
+        moved = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        moved[...] = array
+        return moved
+
+    case.x, case.raw = off_by_four(case.x), off_by_four(case.raw)
+
+    def step(table: Array, row: Array, x: Array, history: Array, *others: Array) -> None:
+        moved = off_by_four(x)
+        emulated("float32")(table, row, moved, history, *others)
+        x[...] = moved
+
+    for got, want in zip(case.run(step), wanted, strict=True):
+        assert got.tobytes() == want.tobytes()
+
+
+@needs_cxx
+def test_fast_noise_is_the_exact_noise_to_1e_3(emulated: Callable[..., Emulated]) -> None:
+    """With the C library's functions; a GPU's own err by up to 2**-21 each, which the square root widens near zero."""
+    start = StepRow(0, 0, -np.inf, np.inf, a=0, b=(), c=1.0, c_in=1.0, write_slot=-1, noise_id=5)
+    rows, elements = 4, 50_000
+    x, nothing = np.empty((rows, elements), np.float32), np.zeros((rows, 1, 4), np.float32)
+    seed = np.arange(rows, dtype=np.uint64)
+    zero, none = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
+    emulated("float32", True)(pack_rows([start], 1), zero, x, nothing, x, none, x[:, 0], seed, np.empty_like(x))
+    assert np.abs(x - normals(seed, np.full(rows, 5), elements)).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "elements", "slots", "network", "address", "wanted"),
+    [
+        (3, 784, 1, "float32", 0, cuda.Launch("fewstep_step_1_whole", (1, 3), 224)),
+        (3, 784, 3, "float32", 4, cuda.Launch("fewstep_step_4_any", (1, 3), 224)),
+        (1, 3 * 256 * 256, 9, "bfloat16", 64, cuda.Launch("fewstep_step_8_whole", (96, 1), 256)),
+        (2, 12, 2, "float16", 0, cuda.Launch("fewstep_step_2_any", (1, 2), 32)),
+    ],
+)
+def test_the_launch_covers_each_element_once(
+    rows: int, elements: int, slots: int, network: cuda.Network, address: int, wanted: cuda.Launch
+) -> None:
+    launch = cuda.plan(rows, elements, slots, network, (0, address))
+    assert launch == wanted
+    width = 4 if network == "float32" else 8
+    assert (launch.grid[0] - 1) * launch.threads * width < elements <= launch.grid[0] * launch.threads * width
+
+
+def test_a_batch_larger_than_a_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^65536 rows: a launch takes 1 to 65535$"):
+        cuda.plan(65536, 4, 1, "float32", (0,))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("capability", "network", "fast"),
+    [("80", 0, 0), ("90", 1, 0), ("90", 2, 0), ("100", 2, 1), ("120", 0, 1), ("120", 2, 0)],
+)
+def test_it_compiles_for_every_architecture_without_spills(capability: str, network: int, fast: int) -> None:
+    options = [f"-DFEWSTEP_NETWORK={network}", f"-DFEWSTEP_FAST_NOISE={fast}"]
+    made, said = cuda.compile_cubin(capability, options)
+    assert made[:4] == b"\x7fELF"
+    spent = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert spent == [("0", "0", "0")] * 8, said
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_nvcc_takes_the_same_source() -> None:
+    made, said = cuda._by_nvcc(["-arch=sm_80", "-DFEWSTEP_NETWORK=1", "-DFEWSTEP_FAST_NOISE=0"])
+    assert made[:4] == b"\x7fELF"
+    assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == 8, said
+
+
+# --- the cache
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Two cache folders of our own, and a compiler that counts in place of the real one."""
+    made = [tmp_path / "first", tmp_path / "second"]
+    monkeypatch.setattr(cuda, "cache_folders", lambda: made)
+    monkeypatch.setattr(cuda, "_compiler", lambda: "pretended 1.0")
+    compiled: list[str] = []
+
+    def compile_cubin(capability: str, options: list[str]) -> tuple[bytes, str]:
+        compiled.append(capability)
+        return b"\x7fELF" + capability.encode() + b"%d" % len(compiled), ""
+
+    monkeypatch.setattr(cuda, "compile_cubin", compile_cubin)
+    return made
+
+
+def test_a_cubin_is_compiled_once_for_each_architecture(folders: list[Path]) -> None:
+    assert cuda.cubin("90") == cuda.cubin("90") == b"\x7fELF901"
+    assert cuda.cubin("80") == b"\x7fELF802"
+    assert cuda.cubin("90", "float16") == b"\x7fELF903"
+    assert len(list(folders[0].iterdir())) == 3
+
+
+def test_a_torn_or_altered_cubin_is_compiled_again(folders: list[Path]) -> None:
+    cuda.cubin("90")
+    (kept,) = folders[0].iterdir()
+    whole = kept.read_bytes()
+    for spoiled in (b"", whole[:20], whole[:-1], whole[:-1] + b"x"):
+        kept.write_bytes(spoiled)
+        assert cuda.cubin("90") != spoiled[32:]
+        assert cuda._read(kept) is not None
+
+
+def test_a_folder_that_cannot_be_written_is_passed_over(folders: list[Path]) -> None:
+    folders[0].write_text("a file where the folder should be")
+    assert cuda.cubin("90") == cuda.cubin("90") == b"\x7fELF901"
+    folders[1].rename(folders[1].with_name("gone"))
+    folders[1].write_text("neither")
+    assert cuda.cubin("80") == b"\x7fELF802"
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_compiler", lambda: "")
+    with pytest.raises(cuda.CudaError, match=r"pip install cuda-bindings nvidia-cuda-nvrtc, or have nvcc$"):
+        cuda.compile_cubin("90", [])
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("network", cuda.NETWORKS)
+def test_the_gpu_gives_the_references_bits(network: cuda.Network) -> None:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    try:
+        step = cuda.CudaStep(network)
+    except cuda.CudaError as error:
+        pytest.skip(str(error))
+    stored = np.uint16 if network == "bfloat16" else DTYPES[network]
+
+    def on_gpu(table: Array, *arrays: Array) -> None:
+        flat = np.frombuffer(table.tobytes(), np.uint8).reshape(len(table), -1)
+        device = [cupy.asarray(a.view(stored) if a.dtype == DTYPES[network] else a) for a in arrays]
+        step(cupy.asarray(flat), *device)
+        for host, array in zip(arrays, device, strict=True):
+            host[...] = cupy.asnumpy(array).view(host.dtype)
+
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        elements, history = int(rng.choice([1, 7, 64, 784, 3072, 12289])), int(rng.choice([1, 2, 4, 8, 11]))
+        case = Case(rng, int(rng.integers(1, 9)), elements, history, DTYPES[network])
+        for got, wanted in zip(case.run(on_gpu), case.run(step_reference), strict=True):
+            assert got.tobytes() == wanted.tobytes()
