@@ -31,7 +31,7 @@ from .targets import RHO, Array, FitError, Samples
 class TorchNetwork(Protocol):
     """The network for gradients; like `targets.Network.raw`, of one batch."""
 
-    def __call__(self, x: Tensor, alpha: Tensor, sigma: Tensor, t: Tensor, samples: Samples) -> Tensor:
+    def __call__(self, x: Tensor, alpha: Tensor, sigma: Tensor, t: Tensor, samples: Samples, /) -> Tensor:
         """The raw output for a scaled input ``[B, ...]``, at one level, told ``t``; all three are scalars."""
         ...
 

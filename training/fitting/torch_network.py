@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,12 @@ def _rebuild(bundle: Bundle) -> nn.Module:
         recipe = recipe_from(json.loads((bundle.path / "recipe.json").read_text("utf-8")))
     except (OSError, ValueError):
         raise FitError(f"{bundle.name}: holds no recipe.json to rebuild the network in torch from; {advice}") from None
-    import dataclasses
-
-    known: dict[str, Any] = {field.name for field in dataclasses.fields(NetworkConfig)}  # type: ignore[assignment]
-    shape = {key: value for key, value in dataclasses.asdict(recipe.network).items() if key in known}
+    known = {field.name for field in dataclasses.fields(NetworkConfig)}
+    shape: dict[str, Any] = {key: value for key, value in dataclasses.asdict(recipe.network).items() if key in known}
     try:
         network = UNet(NetworkConfig(bundle.manifest.sample_shape, len(labels.names) if labels else 0, **shape))
         network.load_state_dict(_weights(bundle, network))
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise FitError(f"{bundle.name}: the network cannot be rebuilt in torch: {reason}; {advice}") from None
     return network
@@ -85,16 +84,45 @@ def _rebuild(bundle: Bundle) -> nn.Module:
 
 def _weights(bundle: Bundle, network: nn.Module) -> dict[str, Tensor]:
     """The parameters in a bundle's ONNX file, by their names in torch."""
+    graph = onnx.load(str(bundle.network)).graph
     held: dict[str, Tensor] = {}
-    for tensor in onnx.load(str(bundle.network)).graph.initializer:
+    for tensor in graph.initializer:
         name = tensor.name.removesuffix(".half").removeprefix("network.")
         held[name] = torch.from_numpy(numpy_helper.to_array(tensor).copy())
+    held |= _norms(bundle, graph, held, network)
     weights = {}
     for name, wanted in network.state_dict().items():
         if name not in held:
-            raise FitError(f"the ONNX file has no {name}")
+            raise ValueError(f"the ONNX file has no {name}")
         weights[name] = held[name].to(wanted.dtype).reshape(wanted.shape)
     return weights
+
+
+def _norms(bundle: Bundle, graph: onnx.GraphProto, held: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The parameters of group norms: the exporter unfolds these and loses their names, so they go by order of use."""
+    used: list[str] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: used.append(name))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.GroupNorm)
+    ]
+    x = torch.zeros(1, *bundle.manifest.sample_shape)
+    with torch.no_grad():
+        network(x, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    for hook in hooks:
+        hook.remove()
+    reader = {name: node for node in graph.node for name in node.input}
+    found: dict[str, Tensor] = {}
+    normalised = [node for node in graph.node if node.op_type == "InstanceNormalization"]
+    for name, node in zip(used, normalised, strict=False):
+        for kind, suffix in (("Reshape", ""), ("Mul", "weight"), ("Add", "bias")):
+            node = reader[node.output[0]]
+            if node.op_type != kind:
+                raise ValueError(f"{name} stands in no known way in the ONNX file")
+            if suffix:
+                (parameter,) = [held[given] for given in node.input if given in held]
+                found[f"{name}.{suffix}"] = parameter
+    return found
 
 
 def _refuse_another(bundle: Bundle, network: nn.Module, scale: float, guided: _Guided, checkpoint: Path | None) -> None:

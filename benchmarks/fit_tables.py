@@ -1,0 +1,182 @@
+"""Fit tables to teachers and measure what it gains: the numbers of docs/learned-tables.md.
+
+    python benchmarks/fit_tables.py mixture
+    python benchmarks/fit_tables.py digits --bundle FOLDER      a bundle of the digits recipe's teacher
+    python benchmarks/fit_tables.py fashion --bundle FOLDER
+
+Each adds its part to docs/results/fitting.json. Every number is over seeds of the noise that is fitted on and of the
+noise that is measured on, both fresh each time: mean and standard deviation.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewstep.runtime import Bundle
+from fewstep.runtime.prediction import Prediction
+from fewstep.runtime.schedules import Level, karras
+from fewstep.runtime.solvers import SOLVERS
+from fewstep.training.exact import Mixture
+from fewstep.training.fitting import METHODS, Method, Network, Samples, Settings, fit, fit_bundle, follow
+from fewstep.training.fitting.end_to_end import EndToEnd
+
+Array = NDArray[np.float64]
+OUT = Path(__file__).parents[1] / "docs" / "results" / "fitting.json"
+SEEDS = 3
+BASES = ("ddim", "euler", "ipndm_4", "dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "deis_3", "heun")
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("mixture", "digits", "fashion"))
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8])
+    parser.add_argument("--solvers", nargs="+", default=["ddim", "dpmpp_2m"])
+    parser.add_argument("--methods", nargs="+", default=["dode", "rows", "end-to-end"], choices=METHODS)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--guidance", type=float, default=None)
+    asked = parser.parse_args()
+    start_s = time.perf_counter()
+    if asked.part == "mixture":
+        results = mixture(asked.seeds)
+    elif asked.bundle is None:
+        sys.exit(f"{asked.part} needs --bundle")
+    else:
+        results = bundle(asked)
+    results |= {
+        "date": date.today().isoformat(),
+        "machine": platform.machine(),
+        "seconds": time.perf_counter() - start_s,
+    }
+    held = json.loads(OUT.read_text("utf-8")) if OUT.exists() else {}
+    held[asked.part] = results
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation."""
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+
+
+# --- the exact mixture
+
+
+def mixture(seeds: int) -> dict[str, Any]:
+    """All base solvers and methods on the exact 16-d mixture, against its ODE's end by 400 steps of Heun."""
+    import torch
+
+    from fewstep.training.evaluate import frechet
+
+    torch.set_num_threads(1)
+    exact = Mixture.random(dimensions=16, components=5, scale=0.2, seed=0)
+
+    def told(x: Array, level: Level, _: Samples) -> Array:
+        return exact.x0(x, 1.0, float(np.exp(4 * level.t)))
+
+    network = Network(Prediction("x0"), told)
+    means, scales = torch.tensor(exact.means), torch.tensor(exact.scales)
+    log_weights = torch.tensor(np.log(exact.weights))
+
+    def in_torch(x: torch.Tensor, _: Any, __: Any, t: torch.Tensor, ___: Samples) -> torch.Tensor:
+        variance = scales**2 + torch.exp(8 * t)
+        off = x[:, None, :] - means
+        log_weight = log_weights - ((off**2).sum(-1) / variance + 16 * torch.log(variance)) / 2
+        shrunk = means + (scales**2 / variance)[:, None] * off
+        return (torch.softmax(log_weight, -1)[..., None] * shrunk).sum(1)
+
+    def moments(x: Array) -> tuple[Array, Array]:
+        return x.mean(0), np.cov(x, rowvar=False)
+
+    count = 4000
+    rows: list[dict[str, Any]] = []
+    floors = []
+    worlds = []
+    for seed in range(seeds):
+        rng = np.random.default_rng(100 + seed)
+        test = Samples(rng.standard_normal((count, 16)))
+        data, others = moments(exact.sample(count, rng)), moments(exact.sample(count, rng))
+        floors.append(frechet(*data, *others))
+        ends = follow(SOLVERS["heun"](karras(200)), network, test)[-1]
+        worlds.append((rng, test, data, ends))
+
+    def measure(tables: list[Any]) -> dict[str, Any]:
+        errors, distances = [], []
+        for table, (_, test, data, ends) in zip(tables, worlds, strict=True):
+            end = follow(table, network, test)[-1]
+            errors.append(float(np.sqrt(((end - ends) ** 2).mean())))
+            distances.append(frechet(*moments(end), *data))
+        return {"rmse": spread(errors), "frechet": spread(distances)}
+
+    for solver in (*BASES, "dpmpp_2m"):
+        for calls in range(4, 9):
+            levels = next(
+                (karras(n) for n in range(2, calls + 1) if SOLVERS[solver](karras(n)).num_steps == calls), None
+            )
+            if levels is None:
+                continue
+            cells: dict[str, Any] = {"base": measure([SOLVERS[solver](levels)] * seeds)}
+            for method in METHODS if solver == "ddim" else METHODS[:2]:
+                tables, took = [], []
+                for seed in range(seeds):
+                    learn = Samples(
+                        np.random.default_rng(seed).standard_normal((512 if method == METHODS[2] else 100, 16))
+                    )
+                    how = EndToEnd(in_torch, Prediction("x0"), 250, 128, 0.05, seed)
+                    start_s = time.process_time()
+                    made = fit(network, levels, solver, method, learn, Samples(learn.noise[:2]), end_to_end=how)
+                    took.append(time.process_time() - start_s)
+                    tables.append(made.table)
+                cells[method] = {**measure(tables), "cpu_seconds": spread(took)}
+            rows.append({"solver": solver, "steps": calls, **cells})
+            said = "  ".join(f"{k} {v['rmse']['mean']:.3f}/{v['frechet']['mean']:.3f}" for k, v in cells.items())
+            print(f"{solver} {calls}: {said}", flush=True)
+    return {"samples": count, "fitted_on": 100, "seeds": seeds, "frechet_floor": spread(floors), "rows": rows}
+
+
+# --- bundles
+
+
+def bundle(asked: argparse.Namespace) -> dict[str, Any]:
+    """Methods and solvers on a bundle's network, by ``fewstep fit``'s own way of measuring."""
+    loaded = Bundle.load(asked.bundle)
+    rows: list[dict[str, Any]] = []
+    for solver in asked.solvers:
+        for steps in asked.steps:
+            cells: dict[str, Any] = {}
+            for method in asked.methods:
+                before, after, took = [], [], []
+                for seed in range(asked.seeds):
+                    settings = Settings(
+                        cast(Method, method), solver, steps, asked.guidance, asked.samples, asked.samples,
+                        seed=seed, iterations=asked.iterations, batch=16, learning_rate=0.05,
+                    )  # fmt: skip
+                    start_s = time.process_time()
+                    made = fit_bundle(loaded, settings, threads=1)
+                    took.append(time.process_time() - start_s)
+                    before.append(made.before)
+                    after.append(made.after)
+                cells["base"] = {"rmse": spread(before)}
+                cells[method] = {"rmse": spread(after), "cpu_seconds": spread(took)}
+            rows.append({"solver": solver, "steps": steps, **cells})
+            said = "  ".join(f"{k} {v['rmse']['mean']:.4f}+-{v['rmse']['sd']:.4f}" for k, v in cells.items())
+            print(f"{solver} {steps}: {said}", flush=True)
+    return {
+        "bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "samples": asked.samples, "seeds": asked.seeds,
+        "guidance": asked.guidance or loaded.manifest.guidance.default, "rows": rows,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
