@@ -316,6 +316,44 @@ def table_add(
 
 
 @app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A bundle's folder, or a student.safetensors of a run.")],
+    data: Annotated[Path | None, typer.Option(help="Its images, if not where its recipe says.")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="File of the feature network; made if missing.")] = None,
+    solver: Annotated[str | None, typer.Option(help="Name of a table.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Network calls a sample.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    samples: Annotated[int, typer.Option(min=100, help="Samples of each noise seed.")] = 1_000,
+    seeds: Annotated[int, typer.Option(min=1, help="Noise seeds.")] = 3,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for the figures.")] = None,
+) -> None:
+    """Judge samples against real images: distances, precision, recall, accuracy, each with its noise floor."""
+    _need_torch("evaluate")
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from .training.report import evaluate as run
+
+    report = run(
+        source, data=data, classifier=classifier, solver=solver, num_steps=steps, guidance=guidance, samples=samples,
+        seeds=seeds,
+    )  # fmt: skip
+    title = f"{report.name}: {report.solver} with {report.num_steps} steps, {report.seeds} x {report.samples} samples"
+    table = Table("", "mean", "sd over seeds", "floor", title=title, title_justify="left")
+    columns = [asdict(part) for part in (report.mean, report.deviation, report.floor)]
+    for name in columns[0]:
+        figures = (f"{column[name]:.4g}" if column[name] is not None else "" for column in columns)
+        table.add_row(name.replace("_", " "), *figures)
+    console = Console()
+    console.print(table)
+    console.print(f"features: {report.features}, accuracy {report.features_accuracy:.3f} on held-out images")
+    if output is not None:
+        output.write_text(report.to_json(), "utf-8")
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A student.safetensors or teacher.safetensors of a run.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle.")],

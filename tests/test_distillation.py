@@ -68,7 +68,7 @@ class Exact(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor, w: Tensor | None = None) -> Tensor:
         if w is not None:
             free = self(x, sigma, torch.full_like(label, 2))
-            return free + per_row(1 + w) * (self(x, sigma, label) - free)
+            return free + per_row(1 + w) * (self(x, sigma, label) - free)  # type: ignore[no-any-return]
         variance = self.scale**2 + sigma[:, None] ** 2
         off = x.reshape(-1, 1, 4) - self.means
         mine = (label[:, None] == 2) | (torch.arange(4) // 2 == label[:, None])
@@ -119,9 +119,10 @@ class Corrected(nn.Module):
     def __init__(self, exact: Exact) -> None:
         super().__init__()
         self.exact = [exact]  # hidden from `parameters`
-        self.net = nn.Sequential(nn.Linear(4 + 4 + 2, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, 4))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        last = nn.Linear(48, 4)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(nn.Linear(4 + 4 + 2, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), last)
 
     def forward(self, x: Tensor, sigma: Tensor, label: Tensor, w: Tensor | None = None) -> Tensor:
         with torch.no_grad():
@@ -129,7 +130,7 @@ class Corrected(nn.Module):
         flat = torch.cat(
             [(x / per_row(1 + sigma)).flatten(1), base.flatten(1), sigma[:, None].log(), label[:, None].float()], 1
         )
-        return base + per_row(sigma / (1 + sigma)) * self.net(flat).reshape(x.shape)
+        return base + per_row(sigma / (1 + sigma)) * self.net(flat).reshape(x.shape)  # type: ignore[no-any-return]
 
 
 def made(teacher: Predictor, student: Predictor, auxiliary: Predictor | None = None, **choices: Any) -> Distillation:
@@ -193,9 +194,10 @@ def test_every_prediction_type_says_the_same_data(prediction: Any) -> None:
         a, s = per_row(alpha), per_row(alpha * sigma)
         if prediction == "edm":
             c_skip, c_out = 1 / (1 + s**2), s / torch.sqrt(1 + s**2)
-            return (x0 - c_skip * (x0 + s * eps)) / c_out
+            return torch.as_tensor((x0 - c_skip * (x0 + s * eps)) / c_out)
         torch.testing.assert_close(scaled, a * x0 + s * eps)
-        return {"x0": x0, "eps": eps, "v": a * eps - s * x0, "flow": eps - x0}[prediction]
+        said: dict[str, Tensor] = {"x0": x0, "eps": eps, "v": a * eps - s * x0, "flow": eps - x0}
+        return said[prediction]
 
     denoiser = Denoiser(network, 1.0, 2, prediction=prediction)
     torch.testing.assert_close(denoiser(x0 + per_row(sigma) * eps, sigma, torch.zeros(6, dtype=torch.int64)), x0)

@@ -161,3 +161,54 @@ def write_metrics(path: Path, metrics: Mapping[str, object]) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(metrics, indent=1), "utf-8")
     temporary.replace(path)
+
+
+def kernel_distance(a: Array, b: Array) -> float:
+    """KID: the unbiased squared distance of features ``[N, D]`` under the kernel ``(x y / D + 1)^3``.
+
+    Binkowski et al. 2018 (arXiv:1801.01401), section 4. Negative values are noise about zero.
+    """
+    inside_a, inside_b, across = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    n, m = len(a), len(b)
+    return float(
+        (inside_a.sum() - inside_a.trace()) / (n * (n - 1))
+        + (inside_b.sum() - inside_b.trace()) / (m * (m - 1))
+        - 2 * across.mean()
+    )
+
+
+def sliced_wasserstein(a: Array, b: Array, projections: int = 256) -> float:
+    """Root mean square difference of the sorted projections of ``[N, D]`` on fixed random directions, per dimension.
+
+    Sets of different sizes are compared at the quantiles of the smaller one.
+    """
+    directions = np.random.default_rng(0).standard_normal((a.shape[1], projections))
+    directions /= np.linalg.norm(directions, axis=0)
+    share = (np.arange(min(len(a), len(b))) + 0.5) / min(len(a), len(b))
+    first, second = (np.quantile(x @ directions, share, axis=0) for x in (a, b))
+    return float(np.sqrt(((first - second) ** 2).mean()))
+
+
+def precision_recall(samples: Array, real: Array, k: int = 3) -> tuple[float, float]:
+    """Shares of samples near real images, and of real images near samples, in features.
+
+    Near means within the distance of some neighbour to its own k-th. Kynkaanniemi et al. 2019 (arXiv:1904.06991),
+    eq. 1 and 2.
+    """
+
+    def covered(by: Array, points: Array) -> float:
+        radius = np.sort(distances(by, by), axis=1)[:, k]
+        return float((distances(points, by) <= radius).any(axis=1).mean())
+
+    return covered(real, samples), covered(samples, real)
+
+
+def distances(a: Array, b: Array) -> Array:
+    """Euclidean distances ``[N, M]`` of ``[N, D]`` and ``[M, D]``."""
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    return np.asarray(np.sqrt(squares.clip(0)))
+
+
+def nearest(samples: Array, training: Array) -> float:
+    """Median distance of a sample to the nearest training image, both ``[N, D]``."""
+    return float(np.median(np.concatenate([distances(part, training).min(1) for part in np.array_split(samples, 8)])))

@@ -38,7 +38,11 @@ Parameters = dict[str, Tensor]
 def parameter_matching(settings: ParameterMatching, distillation: Distillation) -> Plan:
     """Plan algorithm 3."""
     distillation = replace(distillation, source=from_data if settings.source == "data" else from_itself)
-    theta = {name: parameter.detach() for name, parameter in module(distillation.teacher).named_parameters()}
+    # Forward mode takes views that other memory layouts do not have.
+    theta = {
+        name: parameter.detach().clone(memory_format=torch.contiguous_format)
+        for name, parameter in module(distillation.teacher).named_parameters()
+    }
     mean, square = ({name: torch.zeros_like(value) for name, value in theta.items()} for _ in range(2))
     is_filled = torch.zeros((), dtype=torch.bool)
 
@@ -86,7 +90,7 @@ def moved_by(teacher: Predictor, theta: Parameters, nu: Parameters, z: Tensor, s
 
 def predict(teacher: Predictor, theta: Parameters, z: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
     """The teacher's prediction with other parameters."""
-    network = module(teacher)
+    network, z = module(teacher), z.clone(memory_format=torch.contiguous_format)
     if isinstance(teacher, Denoiser):
         return replace(teacher, network=lambda *inputs: functional_call(network, theta, inputs))(z, sigma, label)
     return functional_call(network, theta, (z, sigma, label))  # type: ignore[no-any-return]

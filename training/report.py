@@ -1,0 +1,236 @@
+"""`fewstep evaluate`: how good a checkpoint's or a bundle's samples are, each figure beside its noise floor.
+
+    frechet distance      of normal distributions fitted to features                 less is better
+    KID                   of the features themselves; unbiased                       less
+    sliced Wasserstein    of the pixels                                              less
+    precision, recall     share of samples among real images, and the other way      more
+    class accuracy        share of samples that are what was asked for               more
+    memorisation          distance to the nearest training image, over that of held-out images; well below 1 is copying
+    RMSE to the teacher   from the same noise, where the table adds none             less
+
+The floor of a figure is what held-out images score against the training set. The features are those of a small
+classifier whose hash stands in the report: figures of different hashes cannot be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime import Bundle, Engine, Request, Tableau
+from ..runtime.schedules import karras
+from ..runtime.solvers import SOLVERS
+from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from .denoiser import Denoiser
+from .evaluate import Array, features_of, frechet, kernel_distance, make_judge, nearest, precision_recall
+from .evaluate import sliced_wasserstein as sliced
+from .images import load_images, to_float
+from .loop import generator
+from .methods import method_of
+from .recipe import Recipe, recipe_from
+from .sampling import sample, ve_levels
+
+MOST = 2_000  # images in the figures that compare all pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one set of images scored."""
+
+    frechet_distance: float
+    kid: float
+    sliced_wasserstein: float
+    precision: float
+    recall: float
+    class_accuracy: float
+    memorisation: float
+    rmse_to_teacher: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A student's figures over several noise seeds, and their floor."""
+
+    name: str
+    solver: str
+    num_steps: int
+    guidance: float | None
+    samples: int  # of each seed
+    seeds: int
+    mean: Figures
+    deviation: Figures  # over seeds
+    floor: Figures
+    features: str  # name and hash of the feature network
+    features_accuracy: float  # of its own head on held-out images
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+
+Sampler = Callable[[int, Tensor], Tensor]  # (seed, labels [N]) -> samples [N, C, H, W]
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    data: str | Path | None = None,
+    classifier: Path | None = None,
+    solver: str | None = None,
+    num_steps: int | None = None,
+    guidance: float | None = None,
+    samples: int = 1_000,
+    seeds: int = 3,
+) -> Report:
+    """Judge the samples of a checkpoint (a ``.safetensors`` file) or of a bundle.
+
+    Args:
+        source: the file or folder.
+        data: its images, if not where its recipe says.
+        classifier: the feature network's file; made there if missing. ``classifier.safetensors`` beside a checkpoint.
+        solver: a table's name; the default one.
+        num_steps: network calls a sample.
+        guidance: scale of a student that is told it, 1 for none.
+        samples: of each seed.
+        seeds: of the noise.
+
+    Raises:
+        CheckpointError: ``source`` is neither, or a bundle was not made here and so has no recipe.
+        DataError: the images cannot be used.
+        ValueError: there is no such table.
+    """
+    path = Path(source)
+    if path.is_file():
+        checkpoint = load_checkpoint(path)
+        recipe, name = checkpoint.recipe, path.stem
+        tableau, run = _of_checkpoint(checkpoint, solver, num_steps, guidance)
+        place = classifier or path.parent / "classifier.safetensors"
+        teacher = _teacher_beside(path, checkpoint, tableau, guidance)
+    else:
+        bundle = Bundle.load(str(source))
+        recipe, name = _recipe_of(bundle), bundle.name
+        tableau = bundle.tableau(solver, num_steps)
+        run, teacher = _of_bundle(bundle, tableau, guidance), None
+        place = classifier or Path(f"{bundle.name}-classifier.safetensors")
+    images = load_images(recipe.data.source, data or recipe.data.path, recipe.data.class_names)
+    judge = make_judge(images, place, recipe.evaluation.classifier_images, recipe.seed)
+    real = to_float(images.pixels)
+    real_features = features_of(judge.classifier, real)[0] / judge.scale
+    held_out = to_float(images.held_out_pixels)
+    spacing = nearest(_flat(held_out[:MOST]), _flat(real))
+
+    def figures(x: Tensor, label: Tensor, other: Tensor | None = None) -> Figures:
+        x = x.clamp(-1, 1)
+        features, predicted = features_of(judge.classifier, x)
+        features = features / judge.scale
+        some = np.random.default_rng(0).permutation(len(real_features))[: min(MOST, len(features))]
+        precision, recall = precision_recall(features[:MOST], real_features[some])
+        return Figures(
+            frechet(features.mean(0), np.cov(features, rowvar=False), judge.mean, judge.covariance),
+            kernel_distance(features[:MOST], real_features[some]),
+            sliced(_flat(x), _flat(real)),
+            precision,
+            recall,
+            float((predicted == label.numpy()).mean()),
+            nearest(_flat(x[:MOST]), _flat(real)) / spacing,
+            None if other is None else float((x - other.clamp(-1, 1)).pow(2).mean().sqrt()),
+        )
+
+    label = torch.arange(samples) % len(images.class_names)
+    scored = [figures(run(seed, label), label, teacher and teacher(seed, label)) for seed in range(seeds)]
+    count = min(samples, len(held_out))
+    floor = figures(held_out[:count], torch.from_numpy(images.held_out_labels[:count]))
+    accuracy = float((features_of(judge.classifier, held_out)[1] == images.held_out_labels).mean())
+    return Report(
+        name, tableau.name, tableau.num_steps, guidance, samples, seeds, _over(scored, np.mean), _over(scored, np.std),
+        floor, f"fewstep-classifier-64, sha256 {judge.sha256}", accuracy,
+    )  # fmt: skip
+
+
+def _flat(x: Tensor) -> Array:
+    return np.asarray(x.flatten(1).double().numpy())
+
+
+def _over(scored: list[Figures], reduce: Callable[[list[float]], np.floating]) -> Figures:
+    columns: dict[str, list[float | None]] = {}
+    for figures in scored:
+        for key, value in asdict(figures).items():
+            columns.setdefault(key, []).append(value)
+    kept: Mapping[str, list[float]] = {k: [v for v in column if v is not None] for k, column in columns.items()}
+    return Figures(**{key: float(reduce(column)) if column else None for key, column in kept.items()})  # type: ignore[arg-type]
+
+
+def _denoiser(checkpoint: Checkpoint, scale: float | None) -> Denoiser:
+    """A checkpoint's predictor at a guidance scale; left out, what it was made with."""
+    config = checkpoint.network.config
+    w = checkpoint.guidance if scale is None else scale - 1
+    can_be_told = config.guidance_embedding or checkpoint.kind == "teacher"
+    if scale is not None and not can_be_told:
+        raise CheckpointError(f"guidance: {scale:g}; that of this student is fixed at {1 + checkpoint.guidance:g}")
+    return Denoiser(
+        checkpoint.network, checkpoint.sigma_data, len(checkpoint.class_names), w if can_be_told else 0.0,
+        config.guidance_embedding, config.prediction,
+    )  # fmt: skip
+
+
+def _of_checkpoint(
+    checkpoint: Checkpoint, solver: str | None, num_steps: int | None, guidance: float | None
+) -> tuple[Tableau, Sampler]:
+    method = method_of(checkpoint.recipe.student)
+    if checkpoint.kind == "teacher":
+        solver, levels = solver or "dpmpp_2m", karras(num_steps or 16, 0.01, 40.0)
+    else:
+        solver, levels = solver or method.solvers[0], ve_levels(checkpoint.sigmas)
+        if num_steps not in (None, len(checkpoint.sigmas)):
+            levels = karras(int(num_steps or 0), checkpoint.sigmas[-1], checkpoint.sigmas[0])
+    if solver not in SOLVERS:
+        raise CheckpointError(f"{solver}: no such solver; there are {', '.join(SOLVERS)}")
+    tableau, denoiser = SOLVERS[solver](levels), _denoiser(checkpoint, guidance)
+
+    def run(seed: int, label: Tensor) -> Tensor:
+        return sample(denoiser, tableau, label, checkpoint.sample_shape, generator(29, seed))
+
+    return tableau, run
+
+
+def _teacher_beside(path: Path, student: Checkpoint, tableau: Tableau, guidance: float | None) -> Sampler | None:
+    """The teacher's solution of its own equation, from the same noise and with the student's guidance."""
+    beside = path.parent / "teacher.safetensors"
+    if student.kind == "teacher" or tableau.is_stochastic or not beside.is_file():
+        return None
+    teacher = load_checkpoint(beside)
+    denoiser = replace(_denoiser(teacher, None), guidance=student.guidance if guidance is None else guidance - 1)
+    fine = SOLVERS["dpmpp_2m"](karras(32, 0.01, float(tableau.sigma[0])))
+
+    def run(seed: int, label: Tensor) -> Tensor:
+        return sample(denoiser, fine, label, student.sample_shape, generator(29, seed))
+
+    return run
+
+
+def _of_bundle(bundle: Bundle, tableau: Tableau, guidance: float | None) -> Sampler:
+    def run(seed: int, label: Tensor) -> Tensor:
+        engine = Engine(bundle, max_waiting=len(label))
+        requests = [
+            Request(seed * len(label) + i, tableau, asked if bundle.manifest.labels else None, guidance)
+            for i, asked in enumerate(label.tolist())
+        ]
+        futures = engine.submit(requests)
+        while not all(future.done() for future in futures):
+            engine.step()
+        return torch.from_numpy(np.stack([future.result().pixels for future in futures])).float()
+
+    return run
+
+
+def _recipe_of(bundle: Bundle) -> Recipe:
+    path = bundle.path / "recipe.json"
+    if not path.is_file():
+        raise CheckpointError(f"{bundle.path}: has no recipe.json, which says what data it is judged by")
+    return recipe_from(json.loads(path.read_text("utf-8")))
