@@ -5,7 +5,7 @@ Read `engine` first, then `tableau`. Needs numpy, ONNX Runtime, pydantic and saf
 
 from .bundle import DEFAULT_BUNDLE, Bundle, BundleError, embedded_names
 from .engine import Engine, EngineThread
-from .request import DeadlineExpired, EngineStopped, QueueFull, Request, RequestError, Sample, SampleFailed
+from .request import DeadlineExpired, EngineStopped, Preview, QueueFull, Request, RequestError, Sample, SampleFailed
 from .schedules import Levels
 from .tableau import Tableau, TableauError
 
@@ -18,6 +18,7 @@ __all__ = [
     "EngineStopped",
     "EngineThread",
     "Levels",
+    "Preview",
     "QueueFull",
     "Request",
     "RequestError",

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from ..kernels import fused_step, pack_rows
 from ..kernels.fused_step import Array, Scratch
 from .backends import Backend, OnnxBackend
 from .bundle import Bundle, BundleError
-from .request import DeadlineExpired, EngineStopped, QueueFull, Request, Sample, SampleFailed, Ticket
+from .request import DeadlineExpired, EngineStopped, Preview, QueueFull, Request, Sample, SampleFailed, Ticket
 from .scheduler import Scheduler
 from .slots import Slots
 from .tableau import Tableau, TableauError
@@ -103,11 +104,15 @@ class Engine:
 
     # --- asking
 
-    def submit(self, requests: Sequence[Request]) -> list[Future[Sample]]:
+    def submit(
+        self, requests: Sequence[Request], on_preview: Callable[[int, Preview], None] | None = None
+    ) -> list[Future[Sample]]:
         """Put requests in line, all or none.
 
         Args:
             requests: one for each sample.
+            on_preview: called with a request's number among these and a preview, after each of its network calls but
+                the last; by the thread that steps, so it must be quick. Only those who ask for previews pay for them.
 
         Returns:
             A future for each. Cancelling it frees its place within one step.
@@ -120,7 +125,10 @@ class Engine:
         for request in requests:
             self._refuse_misfit(request)
         now_s = time.monotonic()
-        tickets = [Ticket(request, Future(), now_s) for request in requests]
+        tickets = [
+            Ticket(request, Future(), now_s, partial(on_preview, i) if on_preview else None)
+            for i, request in enumerate(requests)
+        ]
         over: list[Ticket] = []
         with self._lock:
             if self._is_closed:
@@ -251,6 +259,7 @@ class Engine:
             return False
         try:
             raw = self._network(rows)
+            self._show(rows, raw)
             self._update(slice(0, rows), raw)
         except Exception as error:
             log.exception("%s: a step failed; its %d samples are lost", self.bundle.name, rows)
@@ -316,6 +325,33 @@ class Engine:
             slots.guidance[part], slots.seed[part], self._input[part], self._scratch,
         )  # fmt: skip
         slots.table_row[part] += 1
+
+    def _show(self, rows: int, raw: Array) -> None:
+        """Give previews to those who asked for them; before the update, which moves ``x`` on."""
+        slots = self._slots
+        prediction = self.bundle.manifest.output.prediction()
+        for i, ticket in enumerate(slots.tickets[:rows]):
+            if ticket.on_preview is None:
+                continue
+            tableau = ticket.request.tableau
+            step = tableau.num_steps - int(slots.end_row[i] - slots.table_row[i])
+            if step == tableau.num_steps - 1:  # what comes next is the sample itself
+                continue
+            try:
+                k_x, k_m = prediction.to_form("x0", float(tableau.alpha[step]), float(tableau.sigma[step]))
+            except ValueError:  # at pure noise some networks know nothing of the data yet
+                continue
+            output = raw[i]
+            if self._uncond[i] >= 0:
+                uncond = raw[self._uncond[i]]
+                output = uncond + slots.guidance[i] * (output - uncond)
+            pixels = np.float32(k_x) * slots.x[i] + np.float32(k_m) * output
+            try:
+                shape = self.bundle.manifest.sample_shape
+                ticket.on_preview(Preview(pixels.astype(np.float32).reshape(shape), step + 1, tableau.num_steps))
+            except Exception:
+                log.exception("%s: a preview was not taken; its request gets no more", self.bundle.name)
+                ticket.on_preview = None
 
     def _harvest(self, now_s: float) -> None:
         slots = self._slots

@@ -4,6 +4,7 @@ Both are frozen. Where a request is, and whether it still wants its sample, is i
 waiting and running requests are pending, cancelling the future is cancelling the request.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -26,6 +27,19 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """What a running sample is going to be, as far as its network knows: the prediction of the data after one call."""
+
+    pixels: NDArray[np.float32]  # [channels, height, width], data nominally in -1 to 1
+    step: int  # network calls so far, 1 to num_steps - 1
+    num_steps: int
+
+    def to_uint8(self) -> NDArray[np.uint8]:
+        """``[height, width, channels]``; see `to_uint8`."""
+        return to_uint8(self.pixels)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One finished sample."""
 
@@ -35,9 +49,14 @@ class Sample:
     run_s: float  # from the first network call to the last update
 
     def to_uint8(self) -> NDArray[np.uint8]:
-        """``[height, width, channels]``, -1 to 0 and 1 to 255, rounded to nearest."""
-        scaled = np.clip(self.pixels * np.float32(127.5) + np.float32(128.0), 0, 255).astype(np.uint8)
-        return np.ascontiguousarray(scaled.transpose(1, 2, 0))
+        """``[height, width, channels]``; see `to_uint8`."""
+        return to_uint8(self.pixels)
+
+
+def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """``[channels, height, width]`` as ``[height, width, channels]``, -1 to 0 and 1 to 255, rounded to nearest."""
+    scaled = np.clip(pixels * np.float32(127.5) + np.float32(128.0), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(scaled.transpose(1, 2, 0))
 
 
 class RequestError(Exception):
@@ -71,6 +90,7 @@ class Ticket:
     request: Request
     future: Future[Sample]
     submitted_s: float
+    on_preview: Callable[[Preview], None] | None = None
     started_s: float = 0.0
 
     def is_over(self, now_s: float) -> bool:

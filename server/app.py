@@ -20,8 +20,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..runtime import Engine
+from .bodies import read_body
 from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
-from .images import ImageRequest, ImageResponse, generate_images, read_body
+from .images import ImageRequest, ImageResponse, generate_images
 from .metrics import registry_of
 from .service import Service
 from .tables import describe_table, load_table, unload_table

@@ -6,6 +6,7 @@ This is OpenAI's shape, which its clients turn into typed exceptions. A tracebac
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -28,19 +29,36 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after_s = retry_after_s
 
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """The same in the words of a protocol: ``names`` has its word for each field that has another there."""
+        name = names.get(self.param or "")
+        if name is None:
+            return self
+        message = self.message
+        if message.startswith(f"{self.param}:"):
+            message = name + message.removeprefix(str(self.param))
+        return ApiError(self.status, message, param=name, code=self.code, retry_after_s=self.retry_after_s)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What HTTP clients are told beside the body."""
+        if self.retry_after_s is None:
+            return {}
+        return {
+            "Retry-After": str(math.ceil(self.retry_after_s)),
+            "retry-after-ms": str(math.ceil(self.retry_after_s * 1000)),
+        }
+
     def response(self) -> JSONResponse:
-        """The HTTP response."""
+        """The HTTP response in OpenAI's shape."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's shape."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         if self.status == 429:
             kind = "rate_limit_error"
-        headers = {}
-        if self.retry_after_s is not None:
-            headers = {
-                "Retry-After": str(math.ceil(self.retry_after_s)),
-                "retry-after-ms": str(math.ceil(self.retry_after_s * 1000)),
-            }
-        error: dict[str, Any] = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": error}, self.status, headers)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 async def answer_api_error(_: Request, error: Exception) -> JSONResponse:

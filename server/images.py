@@ -8,20 +8,35 @@ import asyncio
 import base64
 import difflib
 import json
-import secrets
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..runtime import DeadlineExpired, Engine, EngineStopped, QueueFull, Request, Sample, SampleFailed
+from ..runtime import Engine, Preview, Request, Sample
 from ..runtime.pictures import ImageFormat, encode
+from .bodies import CLIENT_CLOSED, EventStream, read_body
 from .errors import ApiError
+from .generation import (
+    ClientGone,
+    deadline_after,
+    engine_of,
+    evenly,
+    follow,
+    make,
+    refuse_too_many,
+    request_of,
+    some_seed,
+    unless_gone,
+)
 from .service import Service
 
-CLIENT_CLOSED = 499  # nobody reads it; it is for the log
+_NAMES = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
 
 
 class ImageRequest(BaseModel):
@@ -43,12 +58,14 @@ class ImageRequest(BaseModel):
     guidance_scale: float | None = Field(default=None, description="1 is no guidance.")
     priority: int = Field(default=0, ge=-100, le=100, description="A higher one is started first.")
     deadline_ms: float | None = Field(default=None, gt=0, description="Give up after so many milliseconds.")
-    stream: Literal[False] | None = None
+    stream: bool | None = Field(default=None, description="Answer in events: partial images, then the images.")
+    partial_images: int | None = Field(
+        default=None, ge=0, le=1000, description="With stream: at most so many previews of each image; default 0."
+    )
     # OpenAI's, without meaning here:
     background: str | None = None
     moderation: str | None = None
     output_compression: int | None = None
-    partial_images: int | None = None
     quality: str | None = None
     style: str | None = None
     user: str | None = None
@@ -94,30 +111,20 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
     """
     arrived_s = time.perf_counter()
     asked = _parse(await read_body(http, service.settings.max_body_bytes))
-    engine = _engine(service, asked.model)
-    requests = _requests(engine, asked, service.settings.max_images)
-    if service.is_draining:
-        raise _draining()
-    samples = await _run(http, engine, requests)
-    if samples is None:
+    try:
+        engine = engine_of(service, asked.model)
+        requests = _requests(service, engine, asked)
+        if asked.stream:
+            images = follow(service, engine, requests, evenly(asked.partial_images or 0))
+            return EventStream(_events(service, engine, asked, images))
+        samples = await unless_gone(http.receive, make(service, engine, requests))
+    except ApiError as error:
+        raise error.renamed(_NAMES) from None
+    except ClientGone:
         return Response(status_code=CLIENT_CLOSED)
     loop = asyncio.get_running_loop()
     body = await loop.run_in_executor(service.encoders, _answer, engine, asked, samples, arrived_s)
     return Response(body, media_type="application/json")
-
-
-def _draining() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
-
-
-async def read_body(http: HttpRequest, limit: int) -> bytes:
-    """The body of a request, of which no more than ``limit`` bytes are ever held."""
-    body = bytearray()
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > limit:
-            raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-    return bytes(body)
 
 
 def _parse(body: bytes) -> ImageRequest:
@@ -132,80 +139,24 @@ def _parse(body: bytes) -> ImageRequest:
             near = difflib.get_close_matches(field, ImageRequest.model_fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ApiError(400, f"{field} is not a field{hint}", param=field, code="unknown_field") from None
-        if field == "stream":
-            raise ApiError(400, "stream: this server answers in one piece; leave it out", param="stream") from None
         given = json.dumps(first["input"], default=str)
         problem = first["msg"][0].lower() + first["msg"][1:]
         message = f"{field}: {problem}, got {given[:80]}" if field else f"the body: {problem}"
         raise ApiError(400, message, param=field) from None
 
 
-def _engine(service: Service, model: str | None) -> Engine:
-    engine = service.engines.get(model or service.default)
-    if engine is None:
-        served = ", ".join(service.engines)
-        raise ApiError(
-            404, f"model: {model!r} is not served; there is: {served}", param="model", code="model_not_found"
-        )
-    return engine
-
-
-def _requests(engine: Engine, asked: ImageRequest, max_images: int) -> list[Request]:
+def _requests(service: Service, engine: Engine, asked: ImageRequest) -> list[Request]:
     manifest = engine.bundle.manifest
     _, height, width = manifest.sample_shape
-    if asked.n > (limit := min(max_images, engine.max_waiting)):
-        raise ApiError(400, f"n: at most {limit} images in one request, got {asked.n}", param="n")
+    refuse_too_many(service, engine, asked.n)
     if asked.size not in (None, "auto", f"{width}x{height}"):
         raise ApiError(400, f"size: {manifest.name} makes {width}x{height}, got {asked.size!r}", param="size")
-    label = None
-    text = str(asked.prompt)
-    if manifest.labels and (text.strip() or manifest.labels.null is None):
-        try:
-            label = manifest.labels.parse(text)
-        except ValueError as error:
-            raise ApiError(400, f"prompt: {error}", param="prompt", code="unknown_label") from None
-    try:
-        tableau = engine.tableau(asked.solver, asked.num_inference_steps)
-    except ValueError as error:
-        field = "num_inference_steps" if asked.num_inference_steps else "solver"
-        raise ApiError(400, f"{field}: {error}", param=field, code="no_such_table") from None
-    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
-    deadline_s = None if asked.deadline_ms is None else time.monotonic() + asked.deadline_ms / 1000
-    return [
-        Request((seed + i) % 2**64, tableau, label, asked.guidance_scale, asked.priority, deadline_s)
-        for i in range(asked.n)
-    ]
-
-
-async def _run(http: HttpRequest, engine: Engine, requests: list[Request]) -> list[Sample] | None:
-    """The samples, or None when the client went away first; then its requests are cancelled."""
-    try:
-        futures = engine.submit(requests)
-    except QueueFull as error:
-        raise ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s) from None
-    except EngineStopped:
-        raise _draining() from None
-    except ValueError as error:
-        field = {"guidance": "guidance_scale"}.get(name := str(error).partition(":")[0], name)
-        raise ApiError(400, str(error), param=field) from None
-    samples = asyncio.gather(*map(asyncio.wrap_future, futures))
-    gone = asyncio.ensure_future(_disconnected(http))
-    try:
-        await asyncio.wait((samples, gone), return_when=asyncio.FIRST_COMPLETED)
-        return await samples if samples.done() else None
-    except DeadlineExpired as error:
-        raise ApiError(504, f"deadline_ms: {error}", param="deadline_ms", code="deadline_expired") from None
-    except SampleFailed as error:
-        raise ApiError(500, str(error), code="sample_failed") from None
-    finally:
-        gone.cancel()
-        for future in futures:
-            future.cancel()  # no effect on those that are done
-
-
-async def _disconnected(http: HttpRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
+    seed = some_seed() if asked.seed is None else asked.seed
+    first = request_of(
+        engine, seed=seed, prompt=str(asked.prompt), num_steps=asked.num_inference_steps, solver=asked.solver,
+        guidance=asked.guidance_scale, priority=asked.priority, deadline_s=deadline_after(asked.deadline_ms),
+    )  # fmt: skip
+    return [replace(first, seed=(seed + i) % 2**64) for i in range(asked.n)]
 
 
 def _answer(engine: Engine, asked: ImageRequest, samples: list[Sample], arrived_s: float) -> bytes:
@@ -214,7 +165,6 @@ def _answer(engine: Engine, asked: ImageRequest, samples: list[Sample], arrived_
     images = [base64.b64encode(encode(sample.to_uint8(), image_format)).decode("ascii") for sample in samples]
     now_s = time.perf_counter()
     request, last = samples[0].request, max(samples, key=lambda sample: sample.queue_s + sample.run_s)
-    guidance = engine.bundle.manifest.guidance.default if request.guidance is None else request.guidance
     _, height, width = engine.bundle.manifest.sample_shape
     data: list[dict[str, Any]] = [
         {"url": f"data:image/{image_format};base64,{image}", "seed": sample.request.seed}
@@ -225,11 +175,7 @@ def _answer(engine: Engine, asked: ImageRequest, samples: list[Sample], arrived_
     answer = {
         "created": int(time.time()),
         "data": data,
-        "model": engine.bundle.name,
-        "solver": request.tableau.name,
-        "num_inference_steps": request.tableau.num_steps,
-        "tableau_sha256": request.tableau.sha256,
-        "guidance_scale": guidance,
+        **_said(engine, request),
         "size": f"{width}x{height}",
         "output_format": image_format,
         "timings": {
@@ -240,3 +186,55 @@ def _answer(engine: Engine, asked: ImageRequest, samples: list[Sample], arrived_
         },
     }
     return json.dumps(answer, separators=(",", ":")).encode()
+
+
+async def _events(
+    service: Service, engine: Engine, asked: ImageRequest, images: AsyncGenerator[tuple[int, Preview | Sample]]
+) -> AsyncGenerator[bytes]:
+    """The answer as OpenAI's events: partial images, then each image when it is finished."""
+    loop = asyncio.get_running_loop()
+    shown = [0] * asked.n
+    async with aclosing(images):
+        try:
+            async for i, image in images:
+                body = await loop.run_in_executor(service.encoders, _event, engine, asked, i, image, shown[i])
+                shown[i] += 1
+                yield body
+        except ApiError as error:
+            yield b"data: " + json.dumps({"type": "error", **error.renamed(_NAMES).body()}).encode() + b"\n\n"
+
+
+def _event(engine: Engine, asked: ImageRequest, i: int, image: Preview | Sample, number: int) -> bytes:
+    image_format = asked.output_format or "png"
+    _, height, width = engine.bundle.manifest.sample_shape
+    event: dict[str, Any] = {
+        "type": "image_generation.completed",
+        "b64_json": base64.b64encode(encode(image.to_uint8(), image_format)).decode("ascii"),
+        "created_at": int(time.time()),
+        "size": f"{width}x{height}",
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": image_format,
+        "image_index": i,
+    }
+    if isinstance(image, Preview):
+        event |= {"type": "image_generation.partial_image", "partial_image_index": number, "step": image.step}
+        event["num_inference_steps"] = image.num_steps
+    else:
+        none = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+        event["usage"] = {**none, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
+        event["seed"] = image.request.seed
+        event |= _said(engine, image.request)
+    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _said(engine: Engine, request: Request) -> dict[str, Any]:
+    """What a request that left things out was given."""
+    guidance = engine.bundle.manifest.guidance.default if request.guidance is None else request.guidance
+    return {
+        "model": engine.bundle.name,
+        "solver": request.tableau.name,
+        "num_inference_steps": request.tableau.num_steps,
+        "tableau_sha256": request.tableau.sha256,
+        "guidance_scale": guidance,
+    }

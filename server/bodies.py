@@ -1,0 +1,80 @@
+"""Bodies: reading one that may be too large or compressed, and writing one that goes on for as long as it is read."""
+
+import zlib
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+
+from fastapi import Request as HttpRequest
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from .errors import ApiError
+from .generation import ClientGone, unless_gone
+
+CLIENT_CLOSED = 499  # nobody reads it; it is for the log
+_WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits: which wrapping
+
+
+async def read_body(http: HttpRequest, limit: int) -> bytes:
+    """The body of a request, unpacked; of it no more than ``limit`` bytes are ever held, packed or not.
+
+    Raises:
+        ApiError: it is larger, or packed in a way that is not understood.
+    """
+    body = bytearray()
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > limit:
+            raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    encoding = http.headers.get("content-encoding", "identity").lower()
+    return bytes(body) if encoding == "identity" else _unpacked(bytes(body), encoding, limit)
+
+
+def packed(body: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:
+    """A body and its headers, packed when the client's ``Accept-Encoding`` says so and it makes the body smaller."""
+    wanted = {word.split(";")[0].strip().lower() for word in accepted.split(",")}
+    name = next((name for name in _WINDOW if name in wanted), None)
+    if name is None or len(body) < 1024:
+        return body, {}
+    packer = zlib.compressobj(1, zlib.DEFLATED, _WINDOW[name])
+    small = packer.compress(body) + packer.flush()
+    return (small, {"Content-Encoding": name}) if len(small) < len(body) else (body, {})
+
+
+def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+    if encoding not in _WINDOW:
+        raise ApiError(415, f"Content-Encoding: {encoding[:40]!r} is not gzip or deflate", code="unknown_encoding")
+    unpacker = zlib.decompressobj(_WINDOW[encoding])
+    try:
+        whole = unpacker.decompress(body, limit + 1)
+    except zlib.error:
+        raise ApiError(400, f"the body is not {encoding}", code="bad_encoding") from None
+    if len(whole) > limit:
+        raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    if not unpacker.eof:
+        raise ApiError(400, f"the body is not all of its {encoding}", code="bad_encoding")
+    return whole
+
+
+class EventStream(Response):
+    """Server-sent events, written as they come. A client that leaves closes the iterator, and so cancels the work."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write it."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        async def write() -> None:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+        with suppress(ClientGone):
+            await unless_gone(receive, write())

@@ -1,0 +1,257 @@
+"""The middle of every protocol: what a person means becomes requests, and requests become samples.
+
+A protocol's door reads its own wire format, calls `engine_of` and `request_of`, then awaits `make` or iterates over
+`follow`, and writes the answer. What is wrong is an `ApiError` in the words below, which the door turns into its own
+with `ApiError.renamed`.
+
+    prompt  label  seed  num_steps  solver  guidance  n  model  priority  deadline_ms
+
+Cancelling the coroutine, or closing the iterator, cancels the requests within one step.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
+
+from starlette.types import Receive
+
+from ..runtime import DeadlineExpired, Engine, EngineStopped, Preview, QueueFull, Request, Sample, SampleFailed
+from .errors import ApiError
+from .service import Service
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client went away; its requests are cancelled and nobody reads an answer."""
+
+
+def engine_of(service: Service, model: str | None = None, version: str | None = None) -> Engine:
+    """The engine of a student, the first one served when none is named.
+
+    Raises:
+        ApiError: it is not served, or not in this version.
+    """
+    name = model or service.default
+    engine = service.engines.get(name) if name is not None else None
+    if engine is None:
+        served = ", ".join(service.engines) or "none"
+        raise ApiError(
+            404, f"model: {model!r} is not served; there is: {served}", param="model", code="model_not_found"
+        )
+    if version and version != engine.bundle.manifest.version:
+        message = f"model: {name} is served in version {engine.bundle.manifest.version}, not {version!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return engine
+
+
+def refuse_too_many(service: Service, engine: Engine, num: int) -> None:
+    """Check the number of images of one request.
+
+    Raises:
+        ApiError: none, or too many.
+    """
+    limit = min(service.settings.max_images, engine.max_waiting)
+    if num < 1:
+        raise ApiError(400, f"n: at least one image, got {num}", param="n")
+    if num > limit:
+        raise ApiError(400, f"n: at most {limit} images in one request, got {num}", param="n")
+
+
+def some_seed() -> int:
+    """A seed for a request that names none; it is told in the answer."""
+    return secrets.randbelow(2**32)
+
+
+def deadline_after(milliseconds: float | None) -> float | None:
+    """``Request.deadline_s`` for so long from now."""
+    return None if milliseconds is None else time.monotonic() + milliseconds / 1000
+
+
+def request_of(
+    engine: Engine,
+    *,
+    seed: int,
+    prompt: str | None = None,
+    label: int | None = None,
+    num_steps: int | None = None,
+    solver: str | None = None,
+    guidance: float | None = None,
+    priority: int = 0,
+    deadline_s: float | None = None,
+) -> Request:
+    """One image as the engine wants it.
+
+    Args:
+        engine: the student's.
+        seed: 0 to 2**64 - 1.
+        prompt: a class name or a label number as text; blank is no condition, where the student allows it.
+        label: the label number, instead of ``prompt``.
+        num_steps: network calls; the default table's when left out.
+        solver: name of a table; the default one when left out.
+        guidance: weight of the conditional output.
+        priority: a higher one is started first.
+        deadline_s: on ``time.monotonic()``.
+
+    Raises:
+        ApiError: there is no such class or table. Ranges are the engine's to check, in `make` and `follow`.
+    """
+    labels = engine.bundle.manifest.labels
+    if label is None and labels and prompt is not None and (prompt.strip() or labels.null is None):
+        try:
+            label = labels.parse(prompt)
+        except ValueError as error:
+            raise ApiError(400, f"prompt: {error}", param="prompt", code="unknown_label") from None
+    elif label is None and labels and labels.null is None:
+        raise ApiError(400, f"prompt: {engine.bundle.name} needs a class", param="prompt", code="unknown_label")
+    try:
+        tableau = engine.tableau(solver, num_steps)
+    except ValueError as error:
+        field = "num_steps" if num_steps is not None else "solver"
+        raise ApiError(400, f"{field}: {error}", param=field, code="no_such_table") from None
+    return Request(seed, tableau, label, guidance, priority, deadline_s)
+
+
+async def make(service: Service, engine: Engine, requests: Sequence[Request]) -> list[Sample]:
+    """The samples, in the order asked for.
+
+    Raises:
+        ApiError: a request was refused or failed; the others of this call are cancelled.
+    """
+    futures = _submit(service, engine, requests)
+    try:
+        return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
+    except (DeadlineExpired, SampleFailed) as error:
+        raise _end_of(error) from None
+    finally:
+        _cancel(futures)
+
+
+def follow(
+    service: Service, engine: Engine, requests: Sequence[Request], is_wanted: Callable[[Preview], bool]
+) -> AsyncGenerator[tuple[int, Preview | Sample]]:
+    """What happens to requests, as it happens: previews, and samples as each is finished.
+
+    Args:
+        service: for the state of the server.
+        engine: the student's.
+        requests: one for each image.
+        is_wanted: whether to pass a preview on; called by the engine, so it must be quick.
+
+    Returns:
+        An iterator over the number of an image and its preview or sample. It raises `ApiError` as `make` does.
+
+    Raises:
+        ApiError: the requests were refused, here and now.
+    """
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[int, Preview | Sample | BaseException]] = asyncio.Queue()
+
+    def tell(i: int, event: Preview | Sample | BaseException) -> None:
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
+            loop.call_soon_threadsafe(events.put_nowait, (i, event))
+
+    def on_preview(i: int, preview: Preview) -> None:
+        if is_wanted(preview):
+            tell(i, preview)
+
+    def on_done(i: int, future: Future[Sample]) -> None:
+        if not future.cancelled():
+            tell(i, future.exception() or future.result())
+
+    futures = _submit(service, engine, requests, on_preview)
+    for i, future in enumerate(futures):
+        future.add_done_callback(partial(on_done, i))
+
+    async def listen() -> AsyncGenerator[tuple[int, Preview | Sample]]:
+        missing = len(futures)
+        try:
+            while missing:
+                i, event = await events.get()
+                if isinstance(event, BaseException):
+                    raise _end_of(event)
+                missing -= isinstance(event, Sample)
+                yield i, event
+        finally:
+            _cancel(futures)
+
+    return listen()
+
+
+def evenly(wanted: int) -> Callable[[Preview], bool]:
+    """Which previews to pass on so that there are at most ``wanted`` of each image, evenly spread over its steps."""
+
+    def is_wanted(preview: Preview) -> bool:
+        among = preview.num_steps - 1  # the last step gives the image itself
+        return wanted >= among or (preview.step * wanted) // among > ((preview.step - 1) * wanted) // among
+
+    return is_wanted if wanted else lambda _: False
+
+
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """Do the work of an HTTP request, whose body was read, for as long as its client is there.
+
+    Raises:
+        ClientGone: the client left; the work was cancelled.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        task.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if left and not task.uncancel():
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+def draining() -> ApiError:
+    """What new requests are told while the server shuts down."""
+    return ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
+
+
+def _submit(
+    service: Service,
+    engine: Engine,
+    requests: Sequence[Request],
+    on_preview: Callable[[int, Preview], None] | None = None,
+) -> list[Future[Sample]]:
+    if service.is_draining:
+        raise draining()
+    try:
+        return engine.submit(requests, on_preview)
+    except QueueFull as error:
+        raise ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s) from None
+    except EngineStopped:
+        raise draining() from None
+    except ValueError as error:
+        raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
+
+
+def _end_of(error: BaseException) -> BaseException:
+    if isinstance(error, DeadlineExpired):
+        return ApiError(504, f"deadline_ms: {error}", param="deadline_ms", code="deadline_expired")
+    if isinstance(error, SampleFailed):
+        return ApiError(500, str(error), code="sample_failed")
+    return error
+
+
+def _cancel(futures: Sequence[Future[Sample]]) -> None:
+    for future in futures:
+        future.cancel()  # no effect on those that are done
