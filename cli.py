@@ -359,6 +359,7 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle.")],
     name: Annotated[str | None, typer.Option(help="The student's name; the recipe's.")] = None,
     version: Annotated[str, typer.Option(help="The student's version.")] = "1",
+    solver: Annotated[str | None, typer.Option(help="Solver of a request that does not say; the method's own.")] = None,
     notice: Annotated[Path | None, typer.Option(help="File with the notices of the data's licence.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a bundle that is there.")] = False,
 ) -> None:
@@ -366,7 +367,9 @@ def export(
     _need_torch("export")
     from .training.student_bundle import export_checkpoint
 
-    bundle, parity = export_checkpoint(checkpoint, output, name=name, version=version, notice=notice, replace=replace)
+    bundle, parity = export_checkpoint(
+        checkpoint, output, name=name, version=version, solver=solver, notice=notice, replace=replace
+    )
     size = bundle.network.stat().st_size
     print(
         f"{output}: {bundle.name}, {len(bundle.tableaus)} tables, weights {size:,} bytes; "

@@ -47,7 +47,7 @@ def _dkdm(settings: Any, sigmas: Grid) -> list[Stage]:
 
 
 METHODS: dict[str, Method] = {
-    "moment-matching": Method(single(moment_matching, has_auxiliary=True), ("ancestral", "ddim", "dpmpp_2m")),
+    "moment-matching": Method(single(moment_matching, has_auxiliary=True), ("ancestral", "ddim")),
     "parameter-moment-matching": Method(single(parameter_matching), ("ancestral", "ddim")),
     "diff-instruct": Method(single(diff_instruct, has_auxiliary=True), ("consistency",), any_steps=False),
     "dmd": Method(single(dmd, has_auxiliary=True), ("consistency",), any_steps=False),

@@ -34,6 +34,7 @@ def export_checkpoint(
     name: str | None = None,
     version: str = "1",
     description: str | None = None,
+    solver: str | None = None,
     notice: Path | None = None,
     replace: bool = False,
 ) -> tuple[Bundle, Parity]:
@@ -45,6 +46,7 @@ def export_checkpoint(
         name: the student's name; the recipe's when left out.
         version: the student's version.
         description: one sentence for people; made from the recipe when left out.
+        solver: solver of a request that does not say; the method's own when left out.
         notice: a file with the notices that the data's licence asks for, copied as NOTICE.
         replace: whether a bundle that is there already may be replaced.
 
@@ -75,7 +77,10 @@ def export_checkpoint(
         "output": {"type": config.prediction, "sigma_data": checkpoint.sigma_data},
         "labels": {"names": checkpoint.class_names, "null": num_classes} if num_classes else None,
         "guidance": guidance,
-        "default_tableau": {"solver": "dpmpp_2m" if is_teacher else _solvers(checkpoint)[0], "num_steps": steps},
+        "default_tableau": {
+            "solver": solver or ("dpmpp_2m" if is_teacher else _solvers(checkpoint)[0]),
+            "num_steps": steps,
+        },
         "licence": checkpoint.licence,
         "provenance": {
             "dataset": checkpoint.dataset,
