@@ -27,7 +27,6 @@ log = logging.getLogger("fewstep")
 Array = NDArray[Any]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("cpu.cpp", "fewstep_step.h")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 _COMPILERS = ("c++", "g++", "clang++")
 
@@ -72,7 +71,7 @@ class NativeStep:
 def native_step() -> NativeStep | None:
     """The native build, compiled now if it has to be; None where there is none."""
     try:
-        path = _built()
+        path = built("cpu.cpp")
         if path is None:
             return None
         native = NativeStep(ctypes.CDLL(str(path)))
@@ -88,23 +87,28 @@ def native_step() -> NativeStep | None:
     return native
 
 
-def _built() -> Path | None:
+def built(source: str) -> Path | None:
+    """The library made from one C++ file of this folder and the shared header; None where there is no compiler.
+
+    Raises:
+        subprocess.SubprocessError: the compiler refuses.
+    """
     key = hashlib.sha256(" ".join(_FLAGS).encode() + _processor())
-    for name in _SOURCES:
+    for name in (source, "fewstep_step.h"):
         key.update((_FOLDER / name).read_bytes())
-    name = f"fewstep-cpu-{key.hexdigest()[:24]}.so"
+    name = f"fewstep-{Path(source).stem}-{key.hexdigest()[:24]}.so"
     for folder in cache_folders():
         if (folder / name).is_file():
             return folder / name
         compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
         if compiler is None:
-            log.info("no C++ compiler, so numpy does the fused step")
+            log.info("no C++ compiler, so %s is not built", source)
             return None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 library = Path(made) / name
-                command = [compiler, *_FLAGS, "-o", str(library), str(_FOLDER / "cpu.cpp")]
+                command = [compiler, *_FLAGS, "-o", str(library), str(_FOLDER / source)]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 library.replace(folder / name)  # whole or not at all, whoever else builds it now
             return folder / name
