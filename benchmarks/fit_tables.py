@@ -99,7 +99,7 @@ def mixture(seeds: int) -> dict[str, Any]:
     def moments(x: Array) -> tuple[Array, Array]:
         return x.mean(0), np.cov(x, rowvar=False)
 
-    count = 4000
+    count = 2000
     rows: list[dict[str, Any]] = []
     floors = []
     worlds = []
@@ -133,7 +133,7 @@ def mixture(seeds: int) -> dict[str, Any]:
                     learn = Samples(
                         np.random.default_rng(seed).standard_normal((512 if method == METHODS[2] else 100, 16))
                     )
-                    how = EndToEnd(in_torch, Prediction("x0"), 250, 128, 0.05, seed)
+                    how = EndToEnd(in_torch, Prediction("x0"), 400, 128, 0.03, seed)
                     start_s = time.process_time()
                     made = fit(network, levels, solver, method, learn, Samples(learn.noise[:2]), end_to_end=how)
                     took.append(time.process_time() - start_s)

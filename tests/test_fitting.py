@@ -131,9 +131,9 @@ def torch_mixture(x: torch.Tensor, _: Any, __: Any, t: torch.Tensor, ___: Sample
 
 
 def test_end_to_end_at_four_calls_is_at_the_noise_floor() -> None:
-    """Frechet distance to the data within 1.5 times that of two exact sets of the same size."""
+    """Frechet distance to the data within 1.5 times that of two exact sets; both over four pairs of sets."""
     torch.set_num_threads(1)
-    how = EndToEnd(torch_mixture, Prediction("x0"), iterations=200, batch=128, learning_rate=0.05)
+    how = EndToEnd(torch_mixture, Prediction("x0"), iterations=400, batch=128, learning_rate=0.03)
     told = Network(Prediction("x0"), told_time)
     made = fit(told, karras(4), "ddim", "end-to-end", noise(3, 512), noise(4, 200), end_to_end=how)
     assert made.after < 0.3 * made.before
@@ -141,11 +141,13 @@ def test_end_to_end_at_four_calls_is_at_the_noise_floor() -> None:
     def moments(x: Array) -> tuple[Array, Array]:
         return x.mean(0), np.cov(x, rowvar=False)
 
-    rng = np.random.default_rng(5)
-    data, others = MIXTURE.sample(8000, rng), MIXTURE.sample(8000, rng)
-    floor = frechet(*moments(data), *moments(others))
-    ours = follow(made.table, told, noise(6, 8000))[-1]
-    assert frechet(*moments(ours), *moments(data)) < 1.5 * floor
+    floors, ours = [], []
+    for seed in range(50, 54):
+        rng = np.random.default_rng(seed)
+        data = moments(MIXTURE.sample(4000, rng))
+        floors.append(frechet(*moments(MIXTURE.sample(4000, rng)), *data))
+        ours.append(frechet(*moments(follow(made.table, told, noise(10 + seed, 4000))[-1]), *data))
+    assert np.mean(ours) < 1.5 * np.mean(floors)
 
 
 # --- what holds of every fit

@@ -16,6 +16,7 @@ two predictions in a row are almost the same, and a huge multiple of their diffe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -163,4 +164,5 @@ def _solve(gram: Float64, moments: Float64, base: Float64, free: Float64, ridge:
 
 
 def _rms(c: Float64, gram: Float64, moments: Float64, total: float, count: int) -> float:
-    return float(np.sqrt(max(0.0, c @ gram @ c - 2 * c @ moments + total) / count))
+    squares = float(c @ gram @ c) - 2 * float(c @ moments) + total
+    return math.sqrt(max(0.0, squares) / count)
