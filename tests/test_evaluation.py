@@ -68,7 +68,7 @@ def test_a_checkpoint_and_its_bundle_are_judged_alike(tmp_path: Path) -> None:
     assert ours.mean.rmse_to_teacher < 0.6
     assert served.mean.rmse_to_teacher is None
     assert ours.floor == served.floor
-    assert ours.floor.memorisation == pytest.approx(1)
+    assert ours.floor.memorisation == pytest.approx(1, abs=0.03)
     assert ours.floor.frechet_distance < 0.2 * ours.mean.frechet_distance
     with pytest.raises(CheckpointError, match=r"guidance: 3; that of this student is fixed at 1"):
         evaluate(path, guidance=3.0)
