@@ -16,7 +16,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from itertools import count
+from typing import Any, TypeVar
 
 from starlette.types import Receive
 
@@ -117,17 +118,49 @@ def request_of(
     return Request(seed, tableau, label, guidance, priority, deadline_s)
 
 
-async def make(service: Service, engine: Engine, requests: Sequence[Request]) -> list[Sample]:
-    """The samples, in the order asked for.
+async def make(service: Service, engine: Engine, requests: Sequence[Request], answer: Callable[[list[Sample]], T]) -> T:
+    """What ``answer`` makes of the samples, in the order asked for.
+
+    The engine hands the samples straight to an encoder's thread, where ``answer`` runs, and the event loop wakes
+    once, when all is done.
 
     Raises:
         ApiError: a request was refused or failed; the others of this call are cancelled.
     """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
     futures = _submit(service, engine, requests)
+    unfinished = count(len(futures) - 1, -1)  # its steps are atomic, wherever futures end
+
+    def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not done.done():
+            set_outcome(outcome)
+
+    def tell(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
+            loop.call_soon_threadsafe(settle, set_outcome, outcome)
+
+    def finish() -> None:
+        try:
+            outcome = answer([future.result() for future in futures])
+        except BaseException as error:
+            tell(done.set_exception, error)
+        else:
+            tell(done.set_result, outcome)
+
+    def on_end(future: Future[Sample]) -> None:
+        is_last = next(unfinished) == 0
+        if future.cancelled():
+            return
+        if error := future.exception():
+            tell(done.set_exception, _end_of(error))
+        elif is_last:
+            service.encoders.submit(finish)
+
+    for future in futures:
+        future.add_done_callback(on_end)
     try:
-        return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
-    except (DeadlineExpired, SampleFailed) as error:
-        raise _end_of(error) from None
+        return await done
     finally:
         _cancel(futures)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import Request as HttpRequest
@@ -117,13 +118,12 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
         if asked.stream:
             images = follow(service, engine, requests, evenly(asked.partial_images or 0))
             return EventStream(_events(service, engine, asked, images))
-        samples = await unless_gone(http.receive, make(service, engine, requests))
+        answer = partial(_answer, engine, asked, arrived_s)
+        body = await unless_gone(http.receive, make(service, engine, requests, answer))
     except ApiError as error:
         raise error.renamed(_NAMES) from None
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED)
-    loop = asyncio.get_running_loop()
-    body = await loop.run_in_executor(service.encoders, _answer, engine, asked, samples, arrived_s)
     return Response(body, media_type="application/json")
 
 
@@ -159,7 +159,7 @@ def _requests(service: Service, engine: Engine, asked: ImageRequest) -> list[Req
     return [replace(first, seed=(seed + i) % 2**64) for i in range(asked.n)]
 
 
-def _answer(engine: Engine, asked: ImageRequest, samples: list[Sample], arrived_s: float) -> bytes:
+def _answer(engine: Engine, asked: ImageRequest, arrived_s: float, samples: list[Sample]) -> bytes:
     start_s = time.perf_counter()
     image_format = asked.output_format or "png"
     images = [base64.b64encode(encode(sample.to_uint8(), image_format)).decode("ascii") for sample in samples]
