@@ -1,6 +1,7 @@
 """Learned tables: what fits promise, on a teacher known exactly, and on a bundle."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from fewstep.export import write_bundle
 from fewstep.runtime import Bundle, Engine, Request, Tableau
+from fewstep.runtime.bundle import add_tables
 from fewstep.runtime.prediction import Prediction
 from fewstep.runtime.schedules import Level, Levels, flow, karras, vp_linear
 from fewstep.runtime.solvers import SOLVERS, ddim
@@ -287,6 +289,13 @@ def test_both_kinds_of_guidance_fit_alike(guided_teacher: Bundle, guided_by_call
     inside, combined = (fit_bundle(bundle, settings, threads=1) for bundle in (guided_teacher, guided_by_calls))
     assert inside.after == pytest.approx(combined.after, rel=1e-4)
     assert np.allclose(inside.table.b, combined.table.b, rtol=1e-3, atol=1e-5)
+
+
+def test_learned_times_in_a_bundle_do_not_mislead_the_next_fit(guided_teacher: Bundle, tmp_path: Path) -> None:
+    """A table fitted end to end tells the network times of its own."""
+    learned = bundle_fit(guided_teacher.path, replace(SMALL, method="end-to-end")).table
+    with_it = add_tables(Path(shutil.copytree(guided_teacher.path, tmp_path / "teacher")), [learned])
+    assert fit_bundle(with_it, SMALL, threads=1).table.sha256 == bundle_fit(guided_teacher.path, SMALL).table.sha256
 
 
 def test_levels_are_those_of_the_bundles_own_tables(guided_teacher: Bundle) -> None:

@@ -166,9 +166,10 @@ def schedule_of(bundle: Bundle) -> Schedule:
 
     Where none does, times are interpolated in log-SNR between those of the tables.
     """
+    tables = list(bundle.tableaus.values())
+    made = [table for table in tables if table.weights_sha256 == "any"] or tables  # fitted ones tell times of their own
     alpha, sigma, t = (
-        np.concatenate([getattr(table, name)[: table.num_steps] for table in bundle.tableaus.values()])
-        for name in ("alpha", "sigma", "t")
+        np.concatenate([getattr(table, name)[: table.num_steps] for table in made]) for name in ("alpha", "sigma", "t")
     )
     with np.errstate(divide="ignore"):
         ratio = sigma / alpha
