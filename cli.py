@@ -355,16 +355,36 @@ def evaluate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A student.safetensors or teacher.safetensors of a run.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the bundle.")],
+    source: Annotated[str, typer.Argument(help="A student.safetensors or teacher.safetensors of a run; or a BUNDLE.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the bundle.")] = None,
     name: Annotated[str | None, typer.Option(help="The student's name; the recipe's.")] = None,
     version: Annotated[str, typer.Option(help="The student's version.")] = "1",
     solver: Annotated[str | None, typer.Option(help="Solver of a request that does not say; the method's own.")] = None,
     notice: Annotated[Path | None, typer.Option(help="File with the notices of the data's licence.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a bundle that is there.")] = False,
+    tensorrt: Annotated[bool, typer.Option("--tensorrt", help="BUNDLE: build TensorRT engines into it.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(help="BUNDLE: float32, float16, bfloat16, int8, with commas; engines: float16.")
+    ] = None,
+    flavour: Annotated[str, typer.Option(help="--tensorrt: rtx or full.")] = "rtx",
+    batch: Annotated[str, typer.Option(help="--tensorrt: smallest, usual and largest number of rows.")] = "1,8,64",
+    target: Annotated[str | None, typer.Option(help="--tensorrt: sm80,sm89 and so on; portable.")] = None,
+    sampler: Annotated[
+        bool, typer.Option("--sampler", help="--tensorrt: the whole sampler too, as one engine.")
+    ] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="--tensorrt: file of measured kernel times.")] = None,
 ) -> None:
-    """Turn a trained network into a bundle that can be served."""
+    """Turn a trained network into a bundle, or add precisions and TensorRT engines to a bundle.
+
+    With --precision a bundle gets precisions/*.onnx and parity.json, which holds each against float32 step by step.
+    """
     _need_torch("export")
+    if tensorrt or precision is not None:
+        _export_more(source, output, tensorrt, precision or "float16", flavour, batch, target, sampler, timing_cache)
+        return
+    checkpoint = Path(source)
+    if output is None:
+        _stop("--output: a checkpoint needs the folder of the bundle to make")
     from .training.student_bundle import export_checkpoint
 
     bundle, parity = export_checkpoint(
@@ -375,6 +395,54 @@ def export(
         f"{output}: {bundle.name}, {len(bundle.tableaus)} tables, weights {size:,} bytes; "
         f"against torch {parity.graph_error:.1e} (graph), {parity.storage_error:.1e} (float16 storage)"
     )
+
+
+def _export_more(
+    source: str,
+    output: Path | None,
+    tensorrt: bool,
+    precision: str,
+    flavour: str,
+    batch: str,
+    target: str | None,
+    sampler: bool,
+    timing_cache: Path | None,
+) -> None:
+    from .export.additions import add_engines, add_precisions
+    from .export.engines import FLAVOURS
+    from .export.precisions import PRECISIONS
+    from .runtime import Bundle
+
+    bundle = Bundle.load(source)
+    out = output or bundle.path
+    precisions = [_one_of("--precision", each, PRECISIONS) for each in precision.split(",")]
+    if not tensorrt:
+        _, report = add_precisions(bundle, out, precisions)
+        for each, found in report["against_float32"].items():
+            errors = found.get("unrun") or (
+                f"relative error {max(step['relative'] for step in found['steps']):.2g} at the worst step, "
+                f"{found['samples']:.2g} of the samples"
+            )
+            print(f"{out}: {each}: {errors}")
+        return
+    try:
+        low, usual, high = map(int, batch.split(","))
+    except ValueError:
+        _stop(f"--batch: {batch!r} is not three numbers with commas between them")
+    _, engines = add_engines(
+        bundle,
+        out,
+        flavour=_one_of("--flavour", flavour, FLAVOURS),
+        precisions=precisions,
+        batch=(low, usual, high),
+        targets=tuple(target.split(",")) if target else (),
+        has_sampler=sampler,
+        timing_cache=timing_cache,
+    )
+    for name, engine in engines.items():
+        size = (out / name).stat().st_size
+        where = ", ".join(engine.targets) or "any GPU that this TensorRT knows"
+        print(f"{out}: {name}: {size:,} bytes by TensorRT {engine.version} for {where}; not run on a GPU yet")
 
 
 @app.command()

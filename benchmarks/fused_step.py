@@ -43,7 +43,7 @@ def main() -> None:
             scratch = Scratch(rows, elements)
             ours, theirs = [copied(arrays) for _ in range(2)]
             native.step(*ours)
-            step_numpy(*theirs, scratch)
+            step_numpy(*theirs, scratch=scratch)  # type: ignore[misc]
             for one, other in zip(ours, theirs, strict=True):
                 assert one.tobytes() == other.tobytes(), "the builds differ"
             del theirs
@@ -52,7 +52,7 @@ def main() -> None:
             source, target = arrays[2], np.empty_like(arrays[2])
             for _ in range(options.rounds):
                 compiled_ms = cpu_ms(lambda a=ours: native.step(*a), repeats)  # type: ignore[misc]
-                numpy_ms = cpu_ms(lambda a=ours, s=scratch: step_numpy(*a, s), repeats)  # type: ignore[misc]
+                numpy_ms = cpu_ms(lambda a=ours, s=scratch: step_numpy(*a, scratch=s), repeats)  # type: ignore[misc]
                 copy_ms = cpu_ms(lambda t=target, s=source: np.copyto(t, s), repeats)  # type: ignore[misc]
                 pairs.append((compiled_ms, numpy_ms))
                 # In: x, one history slot, two network outputs. Out: x, the other slot, the network's input.
@@ -70,8 +70,8 @@ def main() -> None:
             }
             results.append(result)
             print(
-                f"{size:>7}, {'fresh' if noise else 'no'} noise: {result['compiled_ms']:.3f} ms, numpy takes "
-                f"{result['numpy_over_compiled']:.2f} times that; {result['fraction_of_copy_rate']:.2f} of the copy rate",
+                f"{size:>7}, {'fresh' if noise else 'no'} noise: {result['compiled_ms']:.3f} ms, numpy "
+                f"{result['numpy_over_compiled']:.2f} times; {result['fraction_of_copy_rate']:.2f} of a copy's rate",
                 flush=True,
             )
     if options.json:

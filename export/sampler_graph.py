@@ -99,14 +99,14 @@ def sampler_graph(step: onnx.ModelProto, steps: int, slots: int) -> onnx.ModelPr
         nodes.append(helper.make_node(NAME, given, made, f"step{i}.update", domain=DOMAIN))
         x, history, network_input = made
 
-    def value(name: str, *dims: int | str) -> onnx.ValueInfoProto:
+    def floats(name: str, *dims: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(dims))
 
     unrolled = helper.make_graph(
         nodes,
         "sampler",
-        [value("noise", "batch", steps + 1, *shape), value("table", steps + 1, columns), *conditions],
-        [value("sample", "batch", *shape)],
+        [floats("noise", "batch", steps + 1, *shape), floats("table", steps + 1, columns), *conditions],
+        [floats("sample", "batch", *shape)],
         initializers,
     )
     opsets = [*step.opset_import, helper.make_opsetid(DOMAIN, 1)]

@@ -107,6 +107,31 @@ class TableauChoice(_Strict):
     num_steps: int
 
 
+class EngineFile(_Strict):
+    """A TensorRT engine of the bundle: what it was built from, by what, and where it runs."""
+
+    flavour: Literal["rtx", "full"]  # TensorRT for RTX, or the full one
+    version: str  # of the library; an engine runs with no other
+    graph: Literal["step", "sampler"]
+    precision: Literal["float32", "float16", "bfloat16", "int8"]
+    batch: tuple[Positive, Positive, Positive]  # smallest, usual, largest
+    targets: tuple[str, ...] = ()  # architectures such as sm89; none: where the library says
+    network_sha256: Sha256  # the step graph
+
+    def refusal(self, version: str, capability: str) -> str | None:
+        """Why the engine cannot run here, if it cannot.
+
+        Args:
+            version: of the TensorRT that is installed.
+            capability: compute capability of the GPU without the point, such as ``89``.
+        """
+        if version != self.version:
+            return f"it was built by TensorRT {self.version}, here is {version}"
+        if self.targets and f"sm{capability}" not in self.targets:
+            return f"it was built for {', '.join(self.targets)}, this GPU is sm{capability}"
+        return None
+
+
 class Manifest(_Strict):
     """``bundle.json``."""
 
@@ -123,6 +148,7 @@ class Manifest(_Strict):
     licence: str
     provenance: dict[str, str]  # who made it, from what, how
     metrics: dict[str, Any]  # measured quality, as the evaluation printed it
+    engines: dict[str, EngineFile] = {}  # by file
     files: dict[str, Sha256]  # every file but the manifest
 
     @model_validator(mode="after")
@@ -313,6 +339,11 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path / MANIFEST}: files: {name!r} is not a path inside the bundle")
     if NETWORK not in manifest.files:
         raise BundleError(f"{path / MANIFEST}: files: {NETWORK} is missing")
+    for name, engine in manifest.engines.items():
+        if name not in manifest.files:
+            raise BundleError(f"{path / MANIFEST}: engines: {name} is not among the files")
+        if engine.network_sha256 != manifest.files[NETWORK]:
+            raise BundleError(f"{path}: {name} was built from another {NETWORK}; build it again")
     present = set(_files_below(path)) - {MANIFEST}
     for name in sorted(set(manifest.files) - present):
         raise BundleError(f"{path}: {name} is missing")

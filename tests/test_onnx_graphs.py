@@ -36,7 +36,7 @@ def session(model: onnx.ModelProto, has_kernel: bool, optimised: Path | None = N
 
 def one_update(slots: int) -> onnx.ModelProto:
     """A model of one operator and nothing else."""
-    shapes = {
+    shapes: dict[str, list[str | int | None]] = {
         "x": ["rows", 2, 3, 5], "raw": ["rows", 2, 3, 5], "noise": ["rows", 2, 3, 5],
         "history": ["rows", slots, 2, 3, 5], "weights": ["rows", len(COLUMNS) + 2 * slots],
     }  # fmt: skip

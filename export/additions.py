@@ -1,0 +1,152 @@
+"""What is added to a finished bundle: its network in other precisions, whole-sampler graphs, TensorRT engines.
+
+The bundle is copied, added to, loaded once and then put in its place, so that a failure leaves all as it was.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import onnx
+
+from ..runtime.bundle import EMBEDDED, MANIFEST, Bundle, BundleError, EngineFile, write_manifest
+from .engines import Flavour, build_engine
+from .precisions import Precision, convert, measure, trajectory
+from .sampler_graph import sampler_graph
+from .step_graph import ExportError
+
+REPORT = "parity.json"
+_CALIBRATION = 32  # trajectories
+T = TypeVar("T")
+
+
+def add_precisions(bundle: Bundle, out: Path, precisions: Sequence[Precision]) -> tuple[Bundle, dict[str, Any]]:
+    """Write ``precisions/*.onnx`` and ``parity.json``, each precision held against float32 step by step.
+
+    Args:
+        bundle: the student.
+        out: the folder to write; the bundle's own to add to it.
+        precisions: which.
+
+    Returns:
+        The new bundle, and the report: by precision, the error of each step and of the finished samples.
+
+    Raises:
+        BundleError: ``out`` is something else already.
+    """
+
+    def add(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
+        graphs = _graphs(bundle, ["float32", *precisions])
+        with tempfile.TemporaryDirectory() as place:
+            paths: dict[Precision, Path] = {}
+            for precision, graph in graphs.items():
+                keep = folder / "precisions" if precision in precisions else Path(place)
+                keep.mkdir(exist_ok=True)
+                paths[precision] = keep / f"{precision}.onnx"
+                onnx.save(graph, str(paths[precision]))
+            tableau = bundle.tableau()
+            measured = measure(bundle, tableau, paths)
+        report = {
+            "table": {"solver": tableau.name, "steps": tableau.num_steps, "sha256": tableau.sha256},
+            "against_torch": fields["metrics"].get("export"),
+            "against_float32": {
+                name: {**found, "steps": [asdict(step) for step in found["steps"]]} if "steps" in found else found
+                for name, found in measured.items()
+            },
+        }
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        return report
+
+    return _with(bundle, out, add)
+
+
+def add_engines(
+    bundle: Bundle,
+    out: Path,
+    *,
+    flavour: Flavour = "rtx",
+    precisions: Sequence[Precision] = ("float16",),
+    batch: tuple[int, int, int] = (1, 8, 64),
+    targets: Sequence[str] = (),
+    has_sampler: bool = False,
+    timing_cache: Path | None = None,
+) -> tuple[Bundle, dict[str, EngineFile]]:
+    """Build TensorRT engines into ``engines/`` and record them in the manifest.
+
+    Args:
+        bundle: the student.
+        out: the folder to write; the bundle's own to add to it.
+        flavour: see `engines.build_engine`, as are batch, targets and timing_cache.
+        precisions: one engine each.
+        batch: see there.
+        targets: see there.
+        has_sampler: build the whole sampler of the default table's number of steps too.
+        timing_cache: see there.
+
+    Returns:
+        The new bundle, and the engines that were added, by file.
+
+    Raises:
+        ExportError: TensorRT is missing or refuses.
+        BundleError: ``out`` is something else already.
+    """
+
+    def add(folder: Path, fields: dict[str, Any]) -> dict[str, EngineFile]:
+        (folder / "engines").mkdir(exist_ok=True)
+        made: dict[str, EngineFile] = {}
+        for precision, graph in _graphs(bundle, precisions).items():
+            kinds = {"step": graph}
+            if has_sampler:
+                if bundle.manifest.guidance.mode == "classifier-free":
+                    raise ExportError(f"{bundle.name} calls its network twice a step: it has no whole-sampler graph")
+                default = bundle.tableau()
+                kinds["sampler"] = sampler_graph(graph, default.num_steps, default.num_places)
+            for kind, model in kinds.items():
+                built = build_engine(model, flavour=flavour, batch=batch, targets=targets, timing_cache=timing_cache)
+                name = f"engines/{kind}-{precision}-{flavour}.engine"
+                (folder / name).write_bytes(built.data)
+                made[name] = EngineFile.model_validate(
+                    {"flavour": flavour, "version": built.version, "graph": kind, "precision": precision,
+                     "batch": batch, "targets": tuple(targets), "network_sha256": bundle.weights_sha256}
+                )  # fmt: skip
+        fields["engines"] = {
+            **fields.get("engines", {}),
+            **{name: e.model_dump(mode="json") for name, e in made.items()},
+        }
+        return made
+
+    return _with(bundle, out, add)
+
+
+def _graphs(bundle: Bundle, precisions: Sequence[Precision]) -> dict[Precision, onnx.ModelProto]:
+    step = onnx.load(str(bundle.network))
+    inputs = []
+    if "int8" in precisions:
+        calls, _ = trajectory(bundle, bundle.tableau(), bundle.network, _CALIBRATION)
+        inputs = [given for given, _ in calls]
+    return {precision: convert(step, precision, inputs) for precision in dict.fromkeys(precisions)}
+
+
+def _with(bundle: Bundle, out: Path, add: Callable[[Path, dict[str, Any]], T]) -> tuple[Bundle, T]:
+    is_own = out.exists() and out.resolve() == bundle.path.resolve()
+    if out.exists() and not is_own:
+        raise BundleError(f"{out}: exists already")
+    if is_own and bundle.path.resolve().is_relative_to(EMBEDDED.resolve()):
+        raise BundleError(f"{bundle.name} comes with fewstep and is not changed: name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as place:
+        folder = Path(place) / "bundle"
+        shutil.copytree(bundle.path, folder)
+        fields = json.loads((folder / MANIFEST).read_text("utf-8"))
+        del fields["format"], fields["files"]
+        added = add(folder, fields)
+        write_manifest(folder, fields)
+        Bundle.load(folder)
+        if is_own:
+            out.rename(Path(place) / "old")
+        folder.rename(out)
+    return Bundle.load(out), added

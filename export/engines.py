@@ -1,0 +1,138 @@
+"""TensorRT engines from step and sampler graphs; one code path over TensorRT for RTX and the full TensorRT.
+
+Engines are strongly typed: precision is what the graph says (see `precisions`). TensorRT for RTX builds without
+a GPU, for several architectures in one engine, up to compute capability 8.9 and 12; it has neither 9.0 nor 10.0.
+The full TensorRT builds for the GPU at hand. Building was tried with TensorRT for RTX 1.7; no engine was run on a
+GPU yet, and nothing here was tried with the full TensorRT.
+"""
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
+
+import onnx
+
+from .step_graph import ExportError
+
+log = logging.getLogger("fewstep")
+
+Flavour = Literal["rtx", "full"]
+FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+_MODULES = {"rtx": "tensorrt_rtx", "full": "tensorrt"}
+_INSTALL = {"rtx": "pip install 'fewstep[tensorrt]'", "full": "see NVIDIA's TensorRT documentation"}
+
+
+class BuiltEngine(NamedTuple):
+    """A serialised engine and what made it."""
+
+    data: bytes
+    version: str  # of TensorRT; an engine runs with this version only
+    layers: int
+
+
+def tensorrt_of(flavour: Flavour) -> ModuleType:
+    """The Python module of a flavour.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    name = _MODULES[flavour]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExportError(f"{name} cannot be imported ({error}); {_INSTALL[flavour]}") from None
+
+
+def build_engine(
+    model: onnx.ModelProto,
+    *,
+    flavour: Flavour = "rtx",
+    batch: tuple[int, int, int] = (1, 8, 64),
+    targets: Sequence[str] = (),
+    timing_cache: Path | None = None,
+) -> BuiltEngine:
+    """Build an engine.
+
+    Args:
+        model: a step graph or a sampler graph; its first dimensions named anything are the batch.
+        flavour: ``rtx`` or ``full``.
+        batch: smallest, usual and largest number of rows.
+        targets: architectures such as ``sm89``; left out, RTX builds a portable engine and full TensorRT one for
+            the GPU at hand.
+        timing_cache: a file in which measured kernel times are kept between builds; an RTX build has none.
+
+    Raises:
+        ExportError: TensorRT is not installed, does not take the graph (the message names the node), or cannot
+            build for a target.
+    """
+    trt = tensorrt_of(flavour)
+    low, usual, high = batch
+    if not 1 <= low <= usual <= high:
+        raise ExportError(f"batch {low},{usual},{high}: must rise from at least 1")
+    said: list[str] = []
+    builder = trt.Builder(_logger(trt, said))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, builder_logger := _logger(trt, said))
+    if not parser.parse(model.SerializeToString()):
+        raise ExportError(_refusal(parser))
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    for i in range(network.num_inputs):
+        value = network.get_input(i)
+        shape = tuple(value.shape)
+        if -1 in shape:
+            profile.set_shape(value.name, *(tuple(n if size < 0 else size for size in shape) for n in batch))
+    config.add_optimization_profile(profile)
+    _aim(trt, config, targets)
+    cache = None
+    if timing_cache is not None and flavour == "full":
+        kept = timing_cache.read_bytes() if timing_cache.is_file() else b""
+        cache = config.create_timing_cache(kept)
+        config.set_timing_cache(cache, False)
+    data = builder.build_serialized_network(network, config)
+    del builder_logger
+    if data is None:
+        raise ExportError(f"TensorRT built no engine: {said[0] if said else 'it gave no reason'}")
+    if cache is not None and timing_cache is not None:
+        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return BuiltEngine(bytes(data), str(trt.__version__), network.num_layers)
+
+
+def _logger(trt: Any, said: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.Logger.ERROR, trt.Logger.INTERNAL_ERROR):
+                said.append(message)
+            elif severity == trt.Logger.WARNING:
+                log.debug("TensorRT: %s", message)
+
+    return Logger()
+
+
+def _refusal(parser: Any) -> str:
+    error = parser.get_error(0)
+    node = f"node {error.node_name() or error.node()} ({error.node_operator()})"
+    reason = error.desc()
+    return f"TensorRT does not take {node}" + ("" if reason == "false" else f": {reason}")
+
+
+def _aim(trt: Any, config: Any, targets: Sequence[str]) -> None:
+    if not targets:
+        return
+    known = getattr(trt, "ComputeCapability", None)
+    if known is None or not hasattr(config, "set_compute_capability"):
+        raise ExportError(f"target {targets[0]}: the full TensorRT builds for the GPU at hand only; leave targets out")
+    names = [name for name in dir(known) if name.startswith("SM")]
+    for target in targets:
+        if target.upper() not in names:
+            listed = ", ".join(name.lower() for name in names)
+            raise ExportError(f"target {target}: {trt.__name__} has {listed}; sm90 and sm100 need the full TensorRT")
+    config.num_compute_capabilities = len(targets)
+    for i, target in enumerate(targets):
+        config.set_compute_capability(getattr(known, target.upper()), i)

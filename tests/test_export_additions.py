@@ -1,0 +1,173 @@
+"""Precisions and TensorRT engines that are added to a bundle: measured, recorded, and refused where they do not fit."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper
+
+from fewstep.cli import main
+from fewstep.export.additions import REPORT, add_engines, add_precisions
+from fewstep.export.engines import build_engine
+from fewstep.export.precisions import Precision, convert, trajectory
+from fewstep.export.sampler_graph import sampler_graph
+from fewstep.export.step_graph import ExportError
+from fewstep.runtime import Bundle, BundleError
+from fewstep.runtime.bundle import MANIFEST, EngineFile
+
+needs_tensorrt = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
+
+
+@pytest.fixture(scope="module")
+def with_precisions(baked: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("additions") / "student"
+    return add_precisions(baked, out, ["float32", "float16", "bfloat16", "int8"])
+
+
+def test_every_precision_is_held_against_float32_at_every_step(with_precisions: tuple[Bundle, dict[str, Any]]) -> None:
+    bundle, report = with_precisions
+    found = report["against_float32"]
+    assert json.loads((bundle.path / REPORT).read_text()) == report
+    for precision, bound in (("float32", 0.0), ("float16", 5e-3), ("int8", 0.5)):
+        steps = found[precision]["steps"]
+        assert [step["step"] for step in steps] == list(range(bundle.tableau().num_steps))
+        assert max(step["relative"] for step in steps) <= bound
+    assert "no bfloat16" in found["bfloat16"]["unrun"]
+    assert report["against_torch"] == bundle.manifest.metrics["export"]
+
+
+def test_weights_have_the_precision_and_the_border_is_float32(with_precisions: tuple[Bundle, dict[str, Any]]) -> None:
+    bundle, _ = with_precisions
+    kinds = {"float32": 1, "float16": 10, "bfloat16": 16, "int8": 3}
+    for precision, kind in kinds.items():
+        graph = onnx.load(bundle.path / "precisions" / f"{precision}.onnx").graph
+        heaviest = max(graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
+        assert heaviest.data_type == kind or precision == "int8"
+        assert any(tensor.data_type == kind for tensor in graph.initializer)
+        assert {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]} <= {1, 7}
+
+
+def test_int8_without_calibration_is_refused(baked: Bundle) -> None:
+    with pytest.raises(ExportError, match=r"^int8 needs calibration: inputs that the network sees$"):
+        convert(onnx.load(baked.network), "int8")
+
+
+def test_the_whole_sampler_runs_in_half_precision(baked: Bundle) -> None:
+    model = sampler_graph(convert(onnx.load(baked.network), "float16"), 2, 1)
+    onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def test_what_cannot_be_added_leaves_the_folder_as_it_was(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle.load(bundle_copy)
+    before = sorted(bundle_copy.parent.rglob("*"))
+
+    def fails(*_: object) -> None:
+        raise ExportError("it failed")
+
+    monkeypatch.setattr("fewstep.export.additions.measure", fails)
+    with pytest.raises(ExportError, match=r"^it failed$"):
+        add_precisions(bundle, bundle_copy, ["float16"])
+    assert sorted(bundle_copy.parent.rglob("*")) == before
+    with pytest.raises(BundleError, match=r"exists already$"):
+        add_precisions(bundle, bundle_copy.parent, ["float16"])
+
+
+# --- TensorRT
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "int8"])
+def test_tensorrt_builds_a_step_engine_of_any_batch(baked: Bundle, precision: Precision) -> None:
+    calls = trajectory(baked, baked.tableau(), baked.network, 4)[0] if precision == "int8" else []
+    graph = convert(onnx.load(baked.network), precision, [given for given, _ in calls])
+    built = build_engine(graph, batch=(1, 8, 64), targets=["sm89"])
+    assert built.data
+    assert built.layers > 50
+
+
+@needs_tensorrt
+def test_tensorrt_refuses_a_graph_by_the_name_of_its_node(baked: Bundle) -> None:
+    graph = convert(onnx.load(baked.network), "float32")
+    node = helper.make_node("Det", [graph.graph.output[0].name], ["volume"], name="the_odd_one")
+    graph.graph.node.append(node)
+    with pytest.raises(ExportError, match=r"^TensorRT does not take node the_odd_one \(Det\)"):
+        build_engine(graph)
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"targets": ["sm90"]}, r"^target sm90: tensorrt_rtx has sm120, .*; sm90 and sm100 need the full TensorRT$"),
+        ({"batch": (8, 4, 64)}, r"^batch 8,4,64: must rise from at least 1$"),
+    ],
+)
+def test_what_no_engine_can_be_built_for_is_refused(baked: Bundle, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        build_engine(onnx.load(baked.network), **wrong)
+
+
+@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="the full TensorRT is installed")
+def test_a_tensorrt_that_is_missing_is_named(baked: Bundle) -> None:
+    with pytest.raises(ExportError, match=r"^tensorrt cannot be imported \(No module named 'tensorrt'\); see NVIDIA"):
+        build_engine(onnx.load(baked.network), flavour="full")
+
+
+@needs_tensorrt
+def test_engines_are_recorded_in_the_bundle_and_verified(
+    baked: Bundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the command; the whole sampler among them. A torn engine, or one of other weights, is refused."""
+    out = tmp_path / "with-engines"
+    flags = ["--tensorrt", "--sampler", "--precision", "float16", "--batch", "1,2,4", "--target", "sm86,sm120"]
+    monkeypatch.setattr("sys.argv", ["fewstep", "export", str(baked.path), "-o", str(out), *flags])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (None, 0)
+    assert "step-float16-rtx.engine" in capsys.readouterr().out
+    bundle = Bundle.load(out)
+    assert set(bundle.manifest.engines) == {f"engines/{kind}-float16-rtx.engine" for kind in ("step", "sampler")}
+    for engine in bundle.manifest.engines.values():
+        assert (engine.batch, engine.targets) == ((1, 2, 4), ("sm86", "sm120"))
+
+    engine_file = out / "engines" / "step-float16-rtx.engine"
+    whole = engine_file.read_bytes()
+    engine_file.write_bytes(whole[:-1])
+    with pytest.raises(BundleError, match=r"engines/step-float16-rtx.engine was altered"):
+        Bundle.load(out)
+    engine_file.write_bytes(whole)
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["engines"]["engines/step-float16-rtx.engine"]["network_sha256"] = "0" * 64
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"was built from another model.onnx; build it again$"):
+        Bundle.load(out)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "refusal"),
+    [
+        ("1.7", "89", None),
+        ("1.8", "89", "it was built by TensorRT 1.7, here is 1.8"),
+        ("1.7", "75", "it was built for sm86, sm89, this GPU is sm75"),
+    ],
+)
+def test_an_engine_says_why_it_cannot_run(version: str, capability: str, refusal: str | None) -> None:
+    engine = EngineFile(
+        flavour="rtx", version="1.7", graph="step", precision="float16", batch=(1, 2, 4), targets=("sm86", "sm89"),
+        network_sha256="0" * 64,
+    )  # fmt: skip
+    assert engine.refusal(version, capability) == refusal
+
+
+@needs_tensorrt
+def test_a_student_that_is_called_twice_a_step_has_no_whole_sampler(guided: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"calls its network twice a step: it has no whole-sampler graph$"):
+        add_engines(guided, tmp_path / "out", has_sampler=True)
