@@ -16,6 +16,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from .devices import Cpu, Device
+
 Array = NDArray[Any]
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -27,7 +29,8 @@ _INPUTS = ("x", "t", "label", "guidance")
 class Backend(Protocol):
     """What the engine needs of a network."""
 
-    inputs: dict[str, Array]  # [max_rows, ...] by input name
+    inputs: dict[str, Array]  # [max_rows, ...] by input name, on the device
+    device: Device
 
     def __call__(self, rows: int) -> Array:
         """Run the network on the first ``rows`` rows of the inputs."""
@@ -70,6 +73,7 @@ class OnnxBackend:
         except Exception as error:  # ONNX Runtime's own exceptions share no base
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BackendError(f"{path}: ONNX Runtime cannot load it: {reason}") from None
+        self.device: Device = Cpu()
         self.inputs: dict[str, Array] = {}
         for node in self._session.get_inputs():
             shape = (max_rows, *sample_shape) if node.name == "x" else (max_rows,)

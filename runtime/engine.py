@@ -20,8 +20,8 @@ from functools import partial
 
 import numpy as np
 
-from ..kernels import fused_step, pack_rows
-from ..kernels.fused_step import Array, Scratch
+from ..kernels import pack_rows
+from ..kernels.fused_step import Array
 from .backends import Backend, OnnxBackend
 from .bundle import Bundle, BundleError
 from .request import DeadlineExpired, EngineStopped, Preview, QueueFull, Request, Sample, SampleFailed, Ticket
@@ -88,8 +88,12 @@ class Engine:
             self._backend = backend(bundle, outputs)
         self._refuse_other_inputs()
         self._input = self._backend.inputs["x"].reshape(outputs, elements)
-        self._slots = Slots(max_rows, self._input, max(t.num_places for t in bundle.tableaus.values()))
-        self._scratch = Scratch(max_rows, elements)
+        self._said = {  # the network's small inputs, on the host
+            name: np.zeros(outputs, array.dtype) for name, array in self._backend.inputs.items() if name != "x"
+        }
+        places = max(t.num_places for t in bundle.tableaus.values())
+        self._slots = Slots(max_rows, self._input, places, self._device)
+        self._device = self._backend.device
         self._uncond = np.full(max_rows, -1, np.int32)
         self._loaded: Mapping[_Key, Tableau] = {}  # over the bundle's own; replaced as a whole, never changed
         self._served = bundle  # with those loaded
@@ -300,7 +304,7 @@ class Engine:
             self._update(slice(first, len(self._slots)), self._input)  # the start row reads no network output
 
     def _network(self, rows: int) -> Array:
-        inputs, slots = self._backend.inputs, self._slots
+        said, slots = self._said, self._slots
         outputs = rows
         self._uncond[:rows] = -1
         if self._has_uncond:
@@ -308,21 +312,23 @@ class Engine:
             for i in np.flatnonzero(slots.guidance[:rows] != 1):
                 self._uncond[i] = outputs
                 self._input[outputs] = self._input[i]
-                inputs["label"][outputs] = labels.null if labels else 0
-                inputs["t"][outputs] = self._table["t"][slots.table_row[i]]
+                said["label"][outputs] = labels.null if labels else 0
+                said["t"][outputs] = self._table["t"][slots.table_row[i]]
                 outputs += 1
-        inputs["t"][:rows] = self._table["t"][slots.table_row[:rows]]
-        if "label" in inputs:
-            inputs["label"][:rows] = slots.label[:rows]
-        if "guidance" in inputs:
-            inputs["guidance"][:rows] = slots.guidance[:rows]
+        said["t"][:rows] = self._table["t"][slots.table_row[:rows]]
+        if "label" in said:
+            said["label"][:rows] = slots.label[:rows]
+        if "guidance" in said:
+            said["guidance"][:rows] = slots.guidance[:rows]
+        for name, values in said.items():
+            self._device.put(self._backend.inputs[name][:outputs], values[:outputs])
         return self._backend(outputs).reshape(outputs, -1)
 
     def _update(self, part: slice, raw: Array) -> None:
         slots = self._slots
-        fused_step(
+        self._device.step(
             self._table, slots.table_row[part], slots.x[part], slots.history[part], raw, self._uncond[part],
-            slots.guidance[part], slots.seed[part], self._input[part], self._scratch,
+            slots.guidance[part], slots.seed[part], self._input[part],
         )  # fmt: skip
         slots.table_row[part] += 1
 
@@ -341,11 +347,11 @@ class Engine:
                 k_x, k_m = prediction.to_form("x0", float(tableau.alpha[step]), float(tableau.sigma[step]))
             except ValueError:  # at pure noise some networks know nothing of the data yet
                 continue
-            output = raw[i]
+            output = self._device.fetch(raw[i])
             if self._uncond[i] >= 0:
-                uncond = raw[self._uncond[i]]
+                uncond = self._device.fetch(raw[self._uncond[i]])
                 output = uncond + slots.guidance[i] * (output - uncond)
-            pixels = np.float32(k_x) * slots.x[i] + np.float32(k_m) * output
+            pixels = np.float32(k_x) * self._device.fetch(slots.x[i]) + np.float32(k_m) * output
             try:
                 shape = self.bundle.manifest.sample_shape
                 ticket.on_preview(Preview(pixels.astype(np.float32).reshape(shape), step + 1, tableau.num_steps))
@@ -357,7 +363,7 @@ class Engine:
         slots = self._slots
         rows = len(slots)
         for i in np.flatnonzero(slots.table_row[:rows] == slots.end_row[:rows])[::-1]:
-            ticket, pixels = slots.tickets[i], slots.x[i].copy()
+            ticket, pixels = slots.tickets[i], self._device.fetch(slots.x[i])
             slots.remove(i)
             if not np.isfinite(pixels).all():
                 self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .devices import Cpu, Device
 from .request import Ticket
 
 
@@ -19,15 +20,17 @@ class Slots:
         capacity: rows that may run together.
         network_input: ``[at least capacity, elements]``, the network's ``x``; its first rows go with the slots.
         history: predictions that a table row may read.
+        device: where ``network_input`` lives, and what is as large; the CPU when left out.
     """
 
-    def __init__(self, capacity: int, network_input: NDArray[Any], history: int) -> None:
+    def __init__(self, capacity: int, network_input: NDArray[Any], history: int, device: Device | None = None) -> None:
         elements = network_input.shape[1]
         self.capacity = capacity
         self.tickets: list[Ticket] = []
         self.network_input = network_input
-        self.x = np.zeros((capacity, elements), np.float32)
-        self.history = np.zeros((capacity, history, elements), np.float32)
+        self._device = device or Cpu()
+        self.x = self._device.zeros((capacity, elements), np.float32)
+        self.history = self._device.zeros((capacity, history, elements), np.float32)
         self.table_row = np.zeros(capacity, np.int32)  # the table row that comes next
         self.end_row = np.zeros(capacity, np.int32)  # one past the last table row
         self.seed = np.zeros(capacity, np.uint64)
@@ -59,4 +62,7 @@ class Slots:
         """Make room for tables that read further back."""
         missing = history - self.history.shape[1]
         if missing > 0:
-            self.history = np.pad(self.history, ((0, 0), (0, missing), (0, 0)))
+            rows, places, elements = self.history.shape
+            deeper = self._device.zeros((rows, history, elements), np.float32)
+            deeper[:, :places] = self.history
+            self.history = deeper

@@ -473,7 +473,7 @@ class Moody:
 
     def __init__(self, bundle: Bundle, rows: int) -> None:
         self.network = OnnxBackend(bundle.network, rows, bundle.manifest.sample_shape)
-        self.inputs = self.network.inputs
+        self.inputs, self.device = self.network.inputs, self.network.device
         self.is_broken = False
 
     def __call__(self, rows: int) -> NDArray[Any]:
