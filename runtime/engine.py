@@ -87,13 +87,13 @@ class Engine:
         else:
             self._backend = backend(bundle, outputs)
         self._refuse_other_inputs()
+        self._device = self._backend.device
         self._input = self._backend.inputs["x"].reshape(outputs, elements)
         self._said = {  # the network's small inputs, on the host
             name: np.zeros(outputs, array.dtype) for name, array in self._backend.inputs.items() if name != "x"
         }
         places = max(t.num_places for t in bundle.tableaus.values())
         self._slots = Slots(max_rows, self._input, places, self._device)
-        self._device = self._backend.device
         self._uncond = np.full(max_rows, -1, np.int32)
         self._loaded: Mapping[_Key, Tableau] = {}  # over the bundle's own; replaced as a whole, never changed
         self._served = bundle  # with those loaded
