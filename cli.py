@@ -32,7 +32,10 @@ def serve(
     bundles: Annotated[list[str] | None, typer.Argument(help="Folders or embedded names, one or more.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    grpc: Annotated[bool | None, typer.Option("--grpc/--no-grpc", help="Serve gRPC too.", show_default="on")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Its port; left out, the one after --port.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings; flags win over it.")] = None,
+    repository: Annotated[Path | None, typer.Option(help="Folder of bundles that clients may load.")] = None,
     max_rows: Annotated[int | None, typer.Option(help="Samples of a student that run together.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Samples of a student that may wait.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one network call.")] = None,
@@ -52,6 +55,7 @@ def serve(
 
     flags = {
         "bundles": bundles or None, "host": host, "port": port, "max_rows": max_rows, "max_waiting": max_waiting,
+        "grpc": grpc, "grpc_port": grpc_port, "repository": repository,
         "threads": threads, "tables_folder": tables_folder, "access_log": access_log,
     }  # fmt: skip
     run(Settings.load(config, flags))

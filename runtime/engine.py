@@ -47,6 +47,9 @@ class Counters:
     failed: int = 0
     rejected: int = 0
     busy_s: float = 0.0  # time spent in ticks
+    queue_s: float = 0.0  # of the finished samples: time in line
+    run_s: float = 0.0  # and time from their first network call to their end
+    last_s: float = 0.0  # when the last one was finished, on time.monotonic()
 
 
 class Engine:
@@ -172,6 +175,11 @@ class Engine:
         """Accept nothing more; what was accepted is still made."""
         with self._lock:
             self._is_closed = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was closed and has made everything it accepted."""
+        return self._is_closed and not len(self._slots) and not len(self._scheduler)
 
     @property
     def num_waiting(self) -> int:
@@ -369,6 +377,9 @@ class Engine:
                 self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
             elif ticket.future.set_running_or_notify_cancel():
                 self._count("finished")
+                self.counters.queue_s += ticket.started_s - ticket.submitted_s
+                self.counters.run_s += now_s - ticket.started_s
+                self.counters.last_s = now_s
                 ticket.future.set_result(
                     Sample(
                         pixels.reshape(self.bundle.manifest.sample_shape),
@@ -487,16 +498,28 @@ class EngineThread:
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
-        self._engines = tuple(engines)
+        self._engines: tuple[Engine, ...] = ()
+        self._lock = threading.Lock()  # around changes of the engines
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="fewstep-engine", daemon=True)
-        for engine in self._engines:
-            engine.on_submit = self._wake.set
+        for engine in engines:
+            self.add(engine)
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
+
+    def add(self, engine: Engine) -> None:
+        """Run one more; one that is closed leaves by itself when it has made what it accepted."""
+        engine.on_submit = self._wake.set
+        with self._lock:
+            self._engines = (*self._engines, engine)
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again at what there is to do: an engine was closed, for one."""
+        self._wake.set()
 
     def stop(self) -> None:
         """Accept nothing more, finish everything accepted, then end the thread."""
@@ -519,4 +542,6 @@ class EngineThread:
             if not any(worked):
                 if is_last:
                     return
+                with self._lock:
+                    self._engines = tuple(engine for engine in self._engines if not engine.is_done)
                 self._wake.wait()

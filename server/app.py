@@ -2,6 +2,7 @@
 
 POST /v1/images/generations    samples, as OpenAI's clients ask for them
 GET  /v1/models                the students, with their labels and tables
+     /v2/...                   the Open Inference Protocol; see `kserve`
 POST, GET, DELETE /v2/models/{model}/tables    tables that are loaded into a student
 GET  /v2/health/live, /ready   for probes
 GET  /metrics                  for Prometheus
@@ -23,6 +24,7 @@ from ..runtime import Engine
 from .bodies import read_body
 from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
 from .images import ImageRequest, ImageResponse, generate_images
+from .kserve import add_routes
 from .metrics import registry_of
 from .service import Service
 from .tables import describe_table, load_table, unload_table
@@ -51,6 +53,7 @@ def create_app(service: Service) -> FastAPI:
 
     # A plain route, since the body is checked by hand: FastAPI's own way costs 70 us more, 1 % of a request's CPU time.
     app.add_route(IMAGES, images, methods=["POST"])
+    add_routes(app, service)  # before /v2/models/{model}/...
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
 
     @app.get("/v1/models")

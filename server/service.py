@@ -4,12 +4,22 @@ The event loop never waits on any of these: requests go to an engine as futures,
 threads of their own while the engine makes the next samples.
 """
 
+import asyncio
+import json
+import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
-from ..runtime import Bundle, Engine, EngineThread
+from ..runtime import Bundle, BundleError, Engine, EngineThread, TableauError
+from ..runtime.bundle import MANIFEST
+from .errors import ApiError
 from .settings import Settings, SettingsError
 from .tables import TablesFolder
+
+log = logging.getLogger("fewstep")
 
 
 class Service:
@@ -26,14 +36,14 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.engines: dict[str, Engine] = {}
+        self._sources: dict[str, str] = {}  # where each student, served or unloaded, was loaded from
+        self._loading = asyncio.Lock()
         for source in settings.bundles:
             bundle = Bundle.load(source)
             if bundle.name in self.engines:
                 raise ValueError(f"bundles: two students are called {bundle.name}; give each bundle its own name")
-            self.engines[bundle.name] = Engine(
-                bundle, max_rows=settings.max_rows, max_waiting=settings.max_waiting, threads=settings.threads
-            )
-        self.default = next(iter(self.engines))
+            self.engines[bundle.name] = self._engine(bundle)
+            self._sources[bundle.name] = source
         self.started_s = int(time.time())
         self.is_draining = False
         self.encoders = ThreadPoolExecutor(settings.encoders, "fewstep-encoder")
@@ -56,6 +66,100 @@ class Service:
             self._tables.stop()
         self._thread.stop()
         self.encoders.shutdown()
+
+    @property
+    def default(self) -> str | None:
+        """The student of requests that name none: the first one served."""
+        return next(iter(self.engines), None)
+
+    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Load a student, or load it again; requests under way are finished by the engine that accepted them.
+
+        Args:
+            name: what it is called.
+            parameters: ``config``, JSON text whose ``bundle`` is a folder within the repository. Left out, the student
+                comes from where it came from before, or from the repository's folder of its name.
+
+        Raises:
+            ApiError: there is no such bundle, or it cannot be served; nothing was changed.
+        """
+        source = self._source(name, parameters)
+        async with self._loading:
+            try:
+                engine = await asyncio.to_thread(self._loaded, source)
+            except Exception as error:
+                log.warning("%s: not loaded: %s", name[:80], error)
+                reason = str(error) if isinstance(error, BundleError) else "its network cannot be run; the log says why"
+                raise ApiError(400, f"{name[:80]}: {reason}", code="bundle_refused") from None
+            if engine.bundle.name != name:
+                message = f"{name[:80]}: the bundle calls itself {engine.bundle.name}"
+                raise ApiError(400, message, code="bundle_refused")
+            if self.is_draining:
+                raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
+            old = self.engines.get(name)
+            for tableau in old.loaded.values() if old else ():
+                with suppress(TableauError):  # it was fitted to the weights that go
+                    engine.load_table(tableau)
+            self._thread.add(engine)
+            self.engines[name], self._sources[name] = engine, source
+            if self._tables is not None:
+                self._tables.replace(old, engine)
+            if old is not None:
+                old.close()
+                self._thread.wake()
+
+    def unload(self, name: str) -> None:
+        """Serve a student no more; requests under way are finished.
+
+        Raises:
+            ApiError: it is not served.
+        """
+        engine = self.engines.pop(name, None)
+        if engine is None:
+            raise ApiError(404, f"model: {name[:80]!r} is not served", param="model", code="model_not_found")
+        engine.close()
+        self._thread.wake()
+
+    def repository_index(self) -> list[dict[str, str]]:
+        """Every student that is served or could be loaded, with its state in Triton's words."""
+        names = dict.fromkeys([*self.engines, *self._sources])
+        if self.settings.repository is not None:
+            names |= dict.fromkeys(sorted(file.parent.name for file in self.settings.repository.glob(f"*/{MANIFEST}")))
+        return [
+            {"name": name, "version": self.engines[name].bundle.manifest.version, "state": "READY", "reason": ""}
+            if name in self.engines
+            else {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
+            for name in names
+        ]
+
+    def _source(self, name: str, parameters: Mapping[str, Any]) -> str:
+        repository = self.settings.repository
+        unknown = [key for key in parameters if key != "config"]
+        if unknown:
+            raise ApiError(400, f"{unknown[0][:80]}: is no parameter of loading; there is: config", param=unknown[0])
+        if "config" not in parameters:
+            if name in self._sources:
+                return self._sources[name]
+            if repository is not None and name in {file.parent.name for file in repository.glob(f"*/{MANIFEST}")}:
+                return str(repository / name)
+            raise ApiError(404, f"model: there is no bundle for {name[:80]!r}", param="model", code="model_not_found")
+        try:
+            folder = json.loads(parameters["config"])["bundle"]
+            if repository is None:
+                raise ApiError(403, "config: this server was started without a repository to load from", param="config")
+            path = (repository / folder).resolve()
+        except (ValueError, TypeError, KeyError):
+            raise ApiError(400, 'config: must be the text {"bundle": "FOLDER"}', param="config") from None
+        if not path.is_relative_to(repository.resolve()):
+            raise ApiError(403, "config: the bundle must be within the repository", param="config")
+        return str(path)
+
+    def _loaded(self, source: str) -> Engine:
+        return self._engine(Bundle.load(source))
+
+    def _engine(self, bundle: Bundle) -> Engine:
+        settings = self.settings
+        return Engine(bundle, max_rows=settings.max_rows, max_waiting=settings.max_waiting, threads=settings.threads)
 
     @property
     def is_live(self) -> bool:

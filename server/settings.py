@@ -27,6 +27,9 @@ class Settings(BaseModel):
     bundles: tuple[str, ...] = Field(default=(DEFAULT_BUNDLE,), min_length=1)  # folders or embedded names
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)  # 0: any free port
+    grpc: bool = True
+    grpc_port: int | None = Field(default=None, ge=0, le=65535)  # None: the next one after port; 0: any free port
+    repository: Path | None = None  # folder of bundles that clients may load; None: only reload what is served
     max_rows: int = Field(default=16, ge=1, le=4096)  # rows that run together, per student
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
     max_images: int = Field(default=64, ge=1)  # n of one request

@@ -86,6 +86,7 @@ class TablesFolder:
 
     def __init__(self, folder: Path, engines: dict[str, Engine]) -> None:
         first, *_ = engines.values()
+        self._folder = folder
         self._places = [(folder, first), *((folder / name, engine) for name, engine in engines.items())]
         self._seen: dict[Path, tuple[int, int, int]] = {}
         self._loaded: dict[Path, tuple[Engine, Tableau]] = {}
@@ -101,6 +102,13 @@ class TablesFolder:
         """Watch no more."""
         self._stopping.set()
         self._thread.join()
+
+    def replace(self, old: Engine | None, new: Engine) -> None:
+        """Keep another engine at what the folder holds; it gets everything at the next look."""
+        self._places = [(place, new if engine is old else engine) for place, engine in self._places]
+        if old is None:
+            self._places.append((self._folder / new.bundle.name, new))
+        self._seen = {}
 
     def poll(self) -> None:
         """Look once."""

@@ -3,26 +3,42 @@
 On SIGTERM or SIGINT the server stops being ready, refuses new work, answers what it has accepted, and leaves.
 """
 
+import gc
 import signal
 import socket
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from .app import create_app
+from .front import create_front
 from .service import Service
 from .settings import Settings, SettingsError
 
+if TYPE_CHECKING:
+    from .kserve_grpc import GrpcServer
+
 
 class _DrainingServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, service: Service, greeting: str) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, where: str, grpc: "GrpcServer | None") -> None:
         super().__init__(config)
         self._service = service
-        self._greeting = greeting
+        self._where = where
+        self._grpc = grpc
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(self._greeting, flush=True)  # only now would a connection be accepted
+        gc.collect()
+        gc.freeze()  # what starting made stays: no collection walks it again
+        also = f", gRPC at {await self._grpc.start()}" if self._grpc else ""
+        names = ", ".join(self._service.engines)
+        # Only now would a connection be accepted.
+        print(f"fewstep serves {names} at {self._where}  (page at /, API at /docs{also}; Ctrl-C ends)", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._grpc is not None:
+            await self._grpc.stop(self._service.settings.drain_timeout_s)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.is_draining = True
@@ -39,7 +55,7 @@ def serve(settings: Settings) -> None:
     signal.signal(signal.SIGTERM, _leave)  # uvicorn hands the signal back to it when all is answered
     service = Service(settings)
     config = uvicorn.Config(
-        create_app(service),
+        create_front(service),
         host=settings.host,
         port=settings.port,
         access_log=settings.access_log,
@@ -49,17 +65,28 @@ def serve(settings: Settings) -> None:
         proxy_headers=False,
         ws="none",
     )
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family)
+    listener = _bound(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    grpc = None
+    if settings.grpc:
+        from .kserve_grpc import GrpcServer  # 14 MB of memory that a server without gRPC does not need
+
+        wanted = settings.grpc_port if settings.grpc_port is not None else settings.port and (settings.port + 1) % 65536
+        with _bound(settings.host, wanted, " for gRPC; choose another grpc_port, or --no-grpc") as trial:
+            grpc_port = trial.getsockname()[1]  # gRPC takes no socket of ours, and tells less when it fails
+        grpc = GrpcServer(service, grpc_port)
+    _DrainingServer(config, service, f"http://{host}:{port}", grpc).run(sockets=[listener])
+
+
+def _bound(host: str, port: int, hint: str = "") -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.port))
+        listener.bind((host, port))
     except OSError as error:
-        raise SettingsError(f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}") from None
-    host, port = listener.getsockname()[:2]
-    names = ", ".join(service.engines)
-    greeting = f"fewstep serves {names} at http://{host}:{port}  (page at /, API at /docs; Ctrl-C ends)"
-    _DrainingServer(config, service, greeting).run(sockets=[listener])
+        listener.close()
+        raise SettingsError(f"{host}:{port} cannot be listened on{hint}: {error.strerror}") from None
+    return listener
 
 
 def _leave(*_: object) -> None:

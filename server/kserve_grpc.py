@@ -1,0 +1,275 @@
+"""The Open Inference Protocol over gRPC: Triton's ``inference.GRPCInferenceService``, health and reflection.
+
+The messages are those of Triton's own client package. What they mean stands in `inference`; here they are only read and
+written. A call that is cancelled cancels its images within one step.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+from google.protobuf.json_format import ParseDict
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from ..runtime import Engine, Preview, Sample
+from .errors import ApiError
+from .generation import engine_of, follow, make
+from .inference import (
+    DEFAULT_OUTPUTS,
+    NAMES,
+    OUTPUTS,
+    Array,
+    from_bytes,
+    model_config,
+    model_metadata,
+    model_statistics,
+    outputs_of,
+    refuse_unknown_output,
+    requests_of,
+    server_metadata,
+    tensor_of,
+    to_bytes,
+)
+from .service import Service
+
+_SERVICE = "inference.GRPCInferenceService"
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT, 403: grpc.StatusCode.PERMISSION_DENIED, 404: grpc.StatusCode.NOT_FOUND,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED, 500: grpc.StatusCode.INTERNAL, 501: grpc.StatusCode.UNIMPLEMENTED,
+    503: grpc.StatusCode.UNAVAILABLE, 504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}  # fmt: skip
+
+
+class GrpcServer:
+    """The gRPC door, on the event loop it is started on.
+
+    Args:
+        service: the students.
+        port: port to listen on.
+    """
+
+    def __init__(self, service: Service, port: int) -> None:
+        self._service = service
+        self._port = port
+        self._server: Any = None
+        self._health = health.HealthServicer()
+
+    async def start(self) -> str:
+        """Listen; gives the address."""
+        options = [("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)]
+        options.append(("grpc.max_receive_message_length", self._service.settings.max_body_bytes))
+        self._server = grpc.aio.server(options=options)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(self._service), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
+        for name in ("", _SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        host = self._service.settings.host
+        address = f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+        self._server.add_insecure_port(address)
+        await self._server.start()
+        return address
+
+    async def stop(self, timeout_s: float) -> None:
+        """Answer what was accepted, for so long, then leave."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(timeout_s)
+
+
+class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the stubs are untyped
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802  # gRPC's names
+        return service_pb2.ServerLiveResponse(live=self._service.is_live)
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return service_pb2.ServerReadyResponse(ready=self._service.is_ready)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+        is_served = request.name in self._service.engines
+        return service_pb2.ModelReadyResponse(ready=is_served and self._service.is_ready)
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return ParseDict(server_metadata(), service_pb2.ServerMetadataResponse())
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        engine = await self._engine(request.name, request.version, context)
+        return ParseDict(model_metadata(engine), service_pb2.ModelMetadataResponse())
+
+    async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
+        engine = await self._engine(request.name, request.version, context)
+        config = ParseDict(model_config(self._service, engine), model_config_pb2.ModelConfig())
+        return service_pb2.ModelConfigResponse(config=config)
+
+    async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
+        engines = list(self._service.engines.values())
+        if request.name:
+            engines = [await self._engine(request.name, request.version, context)]
+        stats = {"model_stats": [model_statistics(engine) for engine in engines]}
+        return ParseDict(stats, service_pb2.ModelStatisticsResponse())
+
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
+        models = [model for model in self._service.repository_index() if model["state"] == "READY" or not request.ready]
+        return ParseDict({"models": models}, service_pb2.RepositoryIndexResponse())
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
+        try:
+            await self._service.load(request.model_name, _values(request.parameters))
+        except ApiError as error:
+            await _abort(context, error)
+        return service_pb2.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
+        try:
+            self._service.unload(request.model_name)
+        except ApiError as error:
+            await _abort(context, error)
+        return service_pb2.RepositoryModelUnloadResponse()
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        try:
+            call = _Call(self._service, request, context.time_remaining())
+            return await make(self._service, call.engine, call.requests, call.response)
+        except ApiError as error:
+            await _abort(context, error)
+
+    async def ModelStreamInfer(  # noqa: N802
+        self, requests: AsyncIterator[Any], context: Any
+    ) -> AsyncGenerator[Any]:
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        calls: set[asyncio.Task[None]] = set()
+
+        async def answer(request: Any) -> None:
+            try:
+                async for response in self._responses(request):
+                    answers.put_nowait(service_pb2.ModelStreamInferResponse(infer_response=response))
+            except ApiError as error:
+                failed = service_pb2.ModelStreamInferResponse(error_message=error.renamed(NAMES).message)
+                failed.infer_response.id = request.id
+                answers.put_nowait(failed)
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    calls.add(task := asyncio.ensure_future(answer(request)))
+                    task.add_done_callback(calls.discard)
+                await asyncio.gather(*calls)
+            finally:
+                answers.put_nowait(None)
+
+        reader = asyncio.ensure_future(read())
+        try:
+            while (response := await answers.get()) is not None:
+                yield response
+        finally:
+            for task in (reader, *calls):
+                task.cancel()
+
+    async def _responses(self, request: Any) -> AsyncGenerator[Any]:
+        """Previews as they come, where they are wanted, and the finished images as the last response."""
+        call = _Call(self._service, request, None)
+        every = call.preview_every
+        samples: dict[int, Sample] = {}
+        images = follow(self._service, call.engine, call.requests, lambda p: every > 0 and p.step % every == 0)
+        try:
+            async for i, image in images:
+                if isinstance(image, Sample):
+                    samples[i] = image
+                else:
+                    yield await self._in_encoder(call, [image], i)
+        finally:
+            await images.aclose()
+        last = await self._in_encoder(call, [samples[i] for i in range(len(samples))])
+        last.parameters["triton_final_response"].bool_param = True
+        yield last
+
+    async def _in_encoder(self, call: "_Call", images: list[Sample] | list[Preview], i: int = 0) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._service.encoders, call.response, images, i)
+
+    async def _engine(self, name: str, version: str, context: Any) -> Engine:
+        try:
+            return engine_of(self._service, name, version)
+        except ApiError as error:
+            await _abort(context, error)
+
+
+class _Call:
+    """One ModelInferRequest, understood."""
+
+    def __init__(self, service: Service, request: Any, remaining_s: float | None) -> None:
+        self.id = request.id
+        self.engine = engine_of(service, request.model_name, request.model_version)
+        parameters = _values(request.parameters)
+        if remaining_s is not None and not parameters.get("timeout") and "deadline_ms" not in parameters:
+            parameters["deadline_ms"] = max(remaining_s * 1000, 1e-3)
+        tensors = _tensors(request, service.settings.max_images)
+        for output in request.outputs:
+            refuse_unknown_output(output.name)
+            if "classification" in output.parameters or "shared_memory_region" in output.parameters:
+                message = f"{output.name}: neither classification nor shared memory is supported"
+                raise ApiError(501, message, param=output.name)
+        self.outputs = tuple(dict.fromkeys(output.name for output in request.outputs)) or DEFAULT_OUTPUTS
+        self.requests, self.preview_every = requests_of(service, self.engine, tensors, parameters)
+
+    def response(self, images: list[Sample] | list[Preview], i: int = 0) -> Any:
+        """The images as a ModelInferResponse; ``i`` is the number of the first."""
+        seeds = [request.seed for request in self.requests[i : i + len(images)]]
+        manifest = self.engine.bundle.manifest
+        response = service_pb2.ModelInferResponse(id=self.id, model_name=manifest.name, model_version=manifest.version)
+        for name, array in outputs_of(images, seeds, self.outputs).items():
+            response.outputs.add(name=name, datatype=OUTPUTS[name], shape=array.shape)
+            response.raw_output_contents.append(to_bytes(array))
+        first = images[0]
+        if isinstance(first, Preview):
+            response.parameters["is_preview"].bool_param = True
+            response.parameters["step"].int64_param = first.step
+            response.parameters["index"].int64_param = i
+        return response
+
+
+def _tensors(request: Any, limit: int) -> dict[str, Array]:
+    tensors: dict[str, Array] = {}
+    raw = request.raw_input_contents
+    if raw and len(raw) != len(request.inputs):
+        raise ApiError(400, f"raw_input_contents: {len(raw)} for {len(request.inputs)} inputs")
+    for i, given in enumerate(request.inputs):
+        num, dtype = tensor_of(given.name, given.datatype, given.shape, limit)
+        if given.name in tensors:
+            raise ApiError(400, f"{given.name}: is there twice", param=given.name)
+        if "shared_memory_region" in given.parameters:
+            raise ApiError(501, f"{given.name}: shared memory is not supported", param=given.name)
+        if raw:
+            tensors[given.name] = from_bytes(given.name, num, dtype, raw[i])
+            continue
+        values = [value for _, contents in given.contents.ListFields() for value in contents]
+        if len(values) != num or any(isinstance(value, bytes) != (dtype == "O") for value in values):
+            raise ApiError(400, f"{given.name}: {num} elements of {given.datatype} expected", param=given.name)
+        try:
+            elements = [*values, None] if dtype == "O" else values
+            tensors[given.name] = np.array(elements, dtype)[: len(values)]
+        except (OverflowError, ValueError):
+            message = f"{given.name}: a value is out of the range of its datatype"
+            raise ApiError(400, message, param=given.name) from None
+    return tensors
+
+
+def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in each parameter, whichever of its types the client chose."""
+    chosen = {name: value.WhichOneof("parameter_choice") for name, value in parameters.items()}
+    return {name: getattr(parameters[name], choice) for name, choice in chosen.items() if choice}
+
+
+async def _abort(context: Any, error: ApiError) -> NoReturn:
+    error = error.renamed(NAMES)
+    trailing: tuple[tuple[str, str], ...] = ()
+    if error.retry_after_s is not None:
+        trailing = (("grpc-retry-pushback-ms", str(math.ceil(error.retry_after_s * 1000))),)
+    await context.abort(_CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), error.message, trailing)
+    raise AssertionError("abort raises")
