@@ -67,7 +67,8 @@ def test_digits_from_a_recipe_to_recognisable_images_over_http(tmp_path: Path) -
     assert "tiny-digits" in said
     assert "ancestral *" in fewstep("inspect", "student", cwd=tmp_path)
     fewstep("generate", "student", "--label", "7", "--num", "4", "-o", "seven.png", cwd=tmp_path)
-    assert Image.open(tmp_path / "seven.png").size == (2 * 18, 2 * 18)
+    with Image.open(tmp_path / "seven.png") as picture:
+        assert picture.size == (2 * 18, 2 * 18)  # two by two, at twice the size, with gaps
 
     command = [sys.executable, "-m", "fewstep.cli", "serve", "student", "--port", "0", "--threads", "1"]
     server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
