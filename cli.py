@@ -167,8 +167,8 @@ def fit(
     solver: Annotated[str, typer.Option(help="The solver to start from.")] = "ddim",
     steps: Annotated[int, typer.Option(help="Network calls per image.")] = 8,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale to fit at; the student's default.")] = None,
-    samples: Annotated[int, typer.Option(help="Trajectories to fit on.")] = 64,
-    fresh: Annotated[int, typer.Option(help="Trajectories to measure on.")] = 64,
+    samples: Annotated[int, typer.Option(help="Trajectories to fit on.")] = 48,
+    fresh: Annotated[int, typer.Option(help="Trajectories to measure on.")] = 32,
     substeps: Annotated[int, typer.Option(help="Steps of the teacher in one of the table.")] = 10,
     target: Annotated[
         str, typer.Option(help="global: the teacher's trajectory. local: anew from each step.")

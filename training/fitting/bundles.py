@@ -48,8 +48,8 @@ class Settings:
     solver: str = "ddim"
     num_steps: int = 8
     guidance: float | None = None  # the bundle's default
-    num_samples: int = 64
-    num_fresh: int = 64
+    num_samples: int = 48
+    num_fresh: int = 32
     pieces: int = 10
     target: Target = "global"
     teacher: str = "dpmpp_2m"
