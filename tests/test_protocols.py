@@ -483,3 +483,21 @@ def test_a_binary_body_of_the_wrong_length_is_refused(where: Where) -> None:
         length = {"Inference_Header_Content_Length": str(len(body))}
         status, answer = post(where, "/v2/models/digits/infer", body + blob, **length)
         assert (status, answer["error"]) == (400, "PROMPT: the data are not 1 elements, each after its length")
+
+
+def test_sigterm_answers_calls_over_grpc_and_exits_0(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    port = free_port()
+    answers: queue.Queue[Any] = queue.Queue()
+    with serving(make_bundle(), "--grpc-port", str(port), "--max-rows", "1") as (process, address):
+        with triton_grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
+            asked = inputs(triton_grpc, LABEL=[1] * 64, STEPS=[8])
+            for _ in range(4):
+                client.async_infer("digits", asked, callback=lambda result, error: answers.put(error or result))
+            while is_idle((f"{address[0]}:{address[1]}", "")):
+                time.sleep(0.005)
+            time.sleep(0.1)  # so that all four are in line
+            process.terminate()
+            got = [answers.get(timeout=60) for _ in range(4)]
+        assert [answer.as_numpy("IMAGE").shape for answer in got] == [(64, 8, 8, 1)] * 4
+        assert process.wait(timeout=30) == 0
+        assert process.stderr.read() == ""
