@@ -1,6 +1,7 @@
 # make demo     install, start a server, ask it for samples, write demo.png
 # make serve    the same, and go on serving at port 8000 until Ctrl-C
 # make test     install everything, then lint, types and tests
+# make gpu      on a machine with a GPU: its tests and its benchmark, into docs/results/gpu.json; not run on a GPU yet
 #
 # All of it happens in the folder .venv. PYTHON=python3.12 chooses another interpreter, ARGS="--port 9000" adds to
 # the command of serve, and ARGS="-k kernels" to that of the tests.
@@ -11,7 +12,7 @@ ARGS ?=
 
 INSTALL = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo serve test lint clean
+.PHONY: help demo serve test gpu lint clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -23,6 +24,11 @@ serve: $(VENV)/.serving
 
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+gpu: $(VENV)/.everything
+	@$(INSTALL) --editable '.[gpu]'
+	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
+	$(VENV)/bin/python benchmarks/gpu.py --json docs/results/gpu.json
 
 lint: $(VENV)/.everything
 	$(VENV)/bin/ruff check

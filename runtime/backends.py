@@ -20,7 +20,7 @@ from .devices import Cpu, Device
 
 Array = NDArray[Any]
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
 _INPUTS = ("x", "t", "label", "guidance")
@@ -77,16 +77,16 @@ class OnnxBackend:
         self.inputs: dict[str, Array] = {}
         for node in self._session.get_inputs():
             shape = (max_rows, *sample_shape) if node.name == "x" else (max_rows,)
-            if node.name not in _INPUTS or node.type not in _DTYPES or not _takes(node.shape, shape):
+            if node.name not in _INPUTS or node.type not in DTYPES or not _takes(node.shape, shape):
                 raise BackendError(f"{path}: input {node.name} is {node.type}{node.shape}, not what a step graph has")
-            self.inputs[node.name] = np.zeros(shape, _DTYPES[node.type])
+            self.inputs[node.name] = np.zeros(shape, DTYPES[node.type])
         output = self._session.get_outputs()[0]
         if not {"x", "t"} <= set(self.inputs):
             raise BackendError(f"{path}: a step graph has the inputs x and t, this one has {', '.join(self.inputs)}")
-        if output.type not in _DTYPES or not _takes(output.shape, (max_rows, *sample_shape)):
+        if output.type not in DTYPES or not _takes(output.shape, (max_rows, *sample_shape)):
             said = f"output {output.name} is {output.type}{output.shape}"
             raise BackendError(f"{path}: {said}, not what a step graph has")
-        self._raw = np.zeros((max_rows, *sample_shape), _DTYPES[output.type])
+        self._raw = np.zeros((max_rows, *sample_shape), DTYPES[output.type])
         self._output = output.name
         self._bindings: dict[int, Any] = {}
 

@@ -108,5 +108,7 @@ class Cuda:
         if self._table is None or self._table[0] is not table:  # a table is replaced as a whole, never changed
             flat = np.frombuffer(table.tobytes(), np.uint8).reshape(len(table), table.itemsize)
             self._table = table, self._cupy.asarray(flat)
-        books = [self._cupy.asarray(np.ascontiguousarray(array)) for array in (row, uncond, guidance, seed)]
-        self._step(self._table[1], books[0], x, history, raw, *books[1:], network_input)
+        row, uncond, guidance, seed = (
+            self._cupy.asarray(np.ascontiguousarray(array)) for array in (row, uncond, guidance, seed)
+        )
+        self._step(self._table[1], row, x, history, raw, uncond, guidance, seed, network_input)

@@ -11,7 +11,7 @@ import pytest
 
 from fewstep.runtime import Bundle, Engine, Request
 from fewstep.runtime.backends import OnnxBackend
-from fewstep.runtime.devices import Cpu
+from fewstep.runtime.devices import Cpu, Device
 
 
 class Guarded(np.ndarray[Any, Any]):
@@ -56,17 +56,18 @@ class OtherDevice:
             assert isinstance(array, Guarded)
         for array in (table, row, uncond, guidance, seed):
             assert not isinstance(array, Guarded)
-        state = [array.view(np.ndarray) for array in (x, history, raw, network_input)]
-        Cpu().step(table, row, *state[:3], uncond, guidance, seed, state[3])
+        x, history, raw, network_input = (array.view(np.ndarray) for array in (x, history, raw, network_input))
+        Cpu().step(table, row, x, history, raw, uncond, guidance, seed, network_input)
 
 
 class OtherBackend:
     """A network on that device."""
 
     def __init__(self, bundle: Bundle, rows: int) -> None:
-        self.device = OtherDevice()
+        self.counted = OtherDevice()
+        self.device: Device = self.counted
         self._network = OnnxBackend(bundle.network, rows, bundle.manifest.sample_shape)
-        self.inputs = {name: array.view(Guarded) for name, array in self._network.inputs.items()}
+        self.inputs: dict[str, Any] = {name: array.view(Guarded) for name, array in self._network.inputs.items()}
 
     def __call__(self, rows: int) -> Any:
         return self._network(rows).view(Guarded)
@@ -92,6 +93,6 @@ def test_samples_of_another_device_are_the_cpus_to_the_bit(baked: Bundle, guided
     for one, other in zip(here, there, strict=True):
         assert one.pixels.tobytes() == other.pixels.tobytes()
     sample = int(np.prod(bundle.manifest.sample_shape)) * 4
-    assert made[0].device.bytes_out == sample * len(requests)
+    assert made[0].counted.bytes_out == sample * len(requests)
     calls = sum(request.tableau.num_steps for request in requests)
-    assert made[0].device.bytes_in <= calls * 2 * (4 + 8 + 4)
+    assert made[0].counted.bytes_in <= calls * 2 * (4 + 8 + 4)
