@@ -42,6 +42,9 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """What HTTP clients are told beside the body."""
+        if self.code == "deadline_expired":
+            # OpenAI's clients would ask again by themselves, and be late again.
+            return {"x-should-retry": "false"}
         if self.retry_after_s is None:
             return {}
         return {

@@ -253,6 +253,16 @@ def test_a_deadline_that_cannot_be_met_is_504(address: Address) -> None:
     assert (status, answer["error"]["param"]) == (504, "deadline_ms")
 
 
+def test_the_stock_client_does_not_ask_again_for_what_was_too_late(address: Address) -> None:
+    before = metric(address, "nv_inference_request_failure", reason="DEADLINE")
+    with (
+        openai.OpenAI(base_url=f"http://{address[0]}:{address[1]}/v1", api_key="none", max_retries=2) as client,
+        pytest.raises(openai.InternalServerError, match="the deadline passed"),
+    ):
+        client.images.generate(prompt="1", extra_body={"deadline_ms": 1e-6})
+    assert metric(address, "nv_inference_request_failure", reason="DEADLINE") == before + 1
+
+
 def test_requests_of_a_client_that_goes_away_are_cancelled(serving: Serving, make_bundle: Callable[..., Path]) -> None:
     with serving(make_bundle(), "--max-rows", "1") as (_, address):
         generate(address, prompt="1")
