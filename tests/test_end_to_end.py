@@ -87,7 +87,7 @@ def test_digits_from_a_recipe_to_recognisable_images_over_http(tmp_path: Path) -
         client.close()
     finally:
         server.terminate()
-        server.wait()
+        server.communicate()
 
     digits = load_digits()
     judge = KNeighborsClassifier(3).fit(digits.images.reshape(-1, 64) / 16, digits.target)
