@@ -7,13 +7,12 @@ as much CPU time as all else an image request needs from HTTP, so that request i
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
 from .app import IMAGES, create_app
 from .errors import ApiError, answer_api_error, answer_crash
-from .images import generate_images
 from .service import Service
 
 
@@ -21,15 +20,12 @@ def create_front(service: Service) -> Starlette:
     """The whole server over a service: what uvicorn runs."""
     app: FastAPI = create_app(service)
 
-    async def images(request: Request) -> Response:
-        return await generate_images(request, service)
-
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with app.router.lifespan_context(app):
             yield
 
-    # A request of another method falls through to the application, which has the route too and answers 405.
-    routes = [Route(IMAGES, images, methods=["POST"]), Mount("", app)]
+    # The application's own route, matched first. Another method falls through to the application, which answers 405.
+    images = next(route for route in app.routes if isinstance(route, Route) and route.path == IMAGES)
     handlers = {ApiError: answer_api_error, Exception: answer_crash}
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    return Starlette(routes=[images, Mount("", app)], lifespan=lifespan, exception_handlers=handlers)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .denoiser import Denoiser, Predictor, per_row
 from .images import Images
-from .loop import Batch, Plan, noise_like
+from .loop import Batch, Plan, Turn, noise_like
 from .network import NetworkConfig
+from .recipe import Student
 
 Source = Callable[["Distillation", Batch, Tensor, torch.Generator], Tensor]  # (.., images, step [B], ..) -> z_t
 Draw = Callable[[Tensor, Tensor, Tensor, Tensor, torch.Generator], Tensor]  # (z_t, x0, sigma_t, sigma_s, ..) -> z_s
@@ -164,3 +165,17 @@ def module(predictor: Predictor) -> nn.Module:
     network = predictor.network if isinstance(predictor, Denoiser) else predictor
     assert isinstance(network, nn.Module)
     return network
+
+
+def student_plan(settings: Student, *turns: Turn) -> Plan:
+    """Plan the training of a student, its own turn last; the rate falls linearly over the second half."""
+    return Plan(
+        name="student",
+        turns=turns,
+        images=settings.images,
+        batch=settings.batch,
+        decay="late-linear",
+        warmup_images=0,
+        ema_half_life=settings.ema_half_life,
+        checkpoint_every=settings.checkpoint_every,
+    )

@@ -36,7 +36,18 @@ import torch
 from torch import Tensor
 
 from .denoiser import edm_weight, per_row
-from .distillation import Distillation, Jump, Level, anywhere, from_data, from_itself, module, posterior, renoise
+from .distillation import (
+    Distillation,
+    Jump,
+    Level,
+    anywhere,
+    from_data,
+    from_itself,
+    module,
+    posterior,
+    renoise,
+    student_plan,
+)
 from .loop import Batch, Plan, Turn
 from .recipe import DiffInstruct, Dmd, Matching, MomentMatching
 
@@ -98,19 +109,8 @@ def matching(
         return {"loss": (jump.x0 * towards).mean()}
 
     auxiliary = Turn("auxiliary", module(distillation.auxiliary), settings.auxiliary_learning_rate, 0.0, follow)
-    return Plan(
-        name="student",
-        turns=(
-            *(auxiliary for _ in range(settings.auxiliary_turns)),
-            Turn("student", module(distillation.student), settings.learning_rate, 0.0, match),
-        ),
-        images=settings.images,
-        batch=settings.batch,
-        decay="late-linear",
-        warmup_images=0,
-        ema_half_life=settings.ema_half_life,
-        checkpoint_every=settings.checkpoint_every,
-    )
+    student = Turn("student", module(distillation.student), settings.learning_rate, 0.0, match)
+    return student_plan(settings, *(auxiliary for _ in range(settings.auxiliary_turns)), student)
 
 
 def normal_level(mean: float, std: float) -> Level:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Predictor, per_row, truncated_snr
-from .distillation import RHO, Distillation, Stage, ddim_step, from_data, module
+from .distillation import RHO, Distillation, Stage, ddim_step, from_data, module, student_plan
 from .loop import Batch, Loss, Plan, Turn
 from .recipe import Progressive, Student
 
@@ -93,16 +93,7 @@ def progressive_plan(
 
 def regression_plan(settings: Student, distillation: Distillation, loss: Loss) -> Plan:
     """Plan a method that lowers one loss of the student's; the rate falls linearly over the second half."""
-    return Plan(
-        name="student",
-        turns=(Turn("student", module(distillation.student), settings.learning_rate, 0.9, loss),),
-        images=settings.images,
-        batch=settings.batch,
-        decay="late-linear",
-        warmup_images=0,
-        ema_half_life=settings.ema_half_life,
-        checkpoint_every=settings.checkpoint_every,
-    )
+    return student_plan(settings, Turn("student", module(distillation.student), settings.learning_rate, 0.9, loss))
 
 
 def progressive_stages(settings: Progressive, sigmas: tuple[float, ...]) -> list[Stage]:
