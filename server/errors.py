@@ -6,11 +6,14 @@ This is OpenAI's shape, which its clients turn into typed exceptions. A tracebac
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+
+from ..runtime.call import CallError, in_words
 
 
 class ApiError(Exception):
@@ -34,9 +37,7 @@ class ApiError(Exception):
         name = names.get(self.param or "")
         if name is None:
             return self
-        message = self.message
-        if message.startswith(f"{self.param}:"):
-            message = name + message.removeprefix(str(self.param))
+        message = in_words(self.message, self.param, names)
         return ApiError(self.status, message, param=name, code=self.code, retry_after_s=self.retry_after_s)
 
     @property
@@ -62,6 +63,15 @@ class ApiError(Exception):
         if self.status == 429:
             kind = "rate_limit_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What is refused within is an `ApiError` with status 400."""
+    try:
+        yield
+    except CallError as error:
+        raise ApiError(400, error.message, param=error.field, code=error.code) from None
 
 
 async def answer_api_error(_: Request, error: Exception) -> JSONResponse:

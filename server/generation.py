@@ -1,8 +1,8 @@
 """The middle of every protocol: what a person means becomes requests, and requests become samples.
 
-A protocol's door reads its own wire format, calls `engine_of` and `request_of`, then awaits `make` or iterates over
-`follow`, and writes the answer. What is wrong is an `ApiError` in the words below, which the door turns into its own
-with `ApiError.renamed`.
+A protocol's door reads its own wire format, calls `engine_of` and `call.request_of`, then awaits `make` or iterates
+over `follow`, and writes the answer. What is wrong is an `ApiError` in the words below, which the door turns into its
+own with `ApiError.renamed`.
 
     prompt  label  seed  num_steps  solver  guidance  n  model  priority  deadline_ms
 
@@ -10,8 +10,6 @@ Cancelling the coroutine, or closing the iterator, cancels the requests within o
 """
 
 import asyncio
-import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -51,71 +49,9 @@ def engine_of(service: Service, model: str | None = None, version: str | None = 
     return engine
 
 
-def refuse_too_many(service: Service, engine: Engine, num: int) -> None:
-    """Check the number of images of one request.
-
-    Raises:
-        ApiError: none, or too many.
-    """
-    limit = min(service.settings.max_images, engine.max_waiting)
-    if num < 1:
-        raise ApiError(400, f"n: at least one image, got {num}", param="n")
-    if num > limit:
-        raise ApiError(400, f"n: at most {limit} images in one request, got {num}", param="n")
-
-
-def some_seed() -> int:
-    """A seed for a request that names none; it is told in the answer."""
-    return secrets.randbelow(2**32)
-
-
-def deadline_after(milliseconds: float | None) -> float | None:
-    """``Request.deadline_s`` for so long from now."""
-    return None if milliseconds is None else time.monotonic() + milliseconds / 1000
-
-
-def request_of(
-    engine: Engine,
-    *,
-    seed: int,
-    prompt: str | None = None,
-    label: int | None = None,
-    num_steps: int | None = None,
-    solver: str | None = None,
-    guidance: float | None = None,
-    priority: int = 0,
-    deadline_s: float | None = None,
-) -> Request:
-    """One image as the engine wants it.
-
-    Args:
-        engine: the student's.
-        seed: 0 to 2**64 - 1.
-        prompt: a class name or a label number as text; blank is no condition, where the student allows it.
-        label: the label number, instead of ``prompt``.
-        num_steps: network calls; the default table's when left out.
-        solver: name of a table; the default one when left out.
-        guidance: weight of the conditional output.
-        priority: a higher one is started first.
-        deadline_s: on ``time.monotonic()``.
-
-    Raises:
-        ApiError: there is no such class or table. Ranges are the engine's to check, in `make` and `follow`.
-    """
-    labels = engine.bundle.manifest.labels
-    if label is None and labels and prompt is not None and (prompt.strip() or labels.null is None):
-        try:
-            label = labels.parse(prompt)
-        except ValueError as error:
-            raise ApiError(400, f"prompt: {error}", param="prompt", code="unknown_label") from None
-    elif label is None and labels and labels.null is None:
-        raise ApiError(400, f"prompt: {engine.bundle.name} needs a class", param="prompt", code="unknown_label")
-    try:
-        tableau = engine.tableau(solver, num_steps)
-    except ValueError as error:
-        field = "num_steps" if num_steps is not None else "solver"
-        raise ApiError(400, f"{field}: {error}", param=field, code="no_such_table") from None
-    return Request(seed, tableau, label, guidance, priority, deadline_s)
+def image_limit(service: Service, engine: Engine) -> int:
+    """Images that one request may ask for."""
+    return min(service.settings.max_images, engine.max_waiting)
 
 
 async def make(service: Service, engine: Engine, requests: Sequence[Request], answer: Callable[[list[Sample]], T]) -> T:

@@ -20,21 +20,11 @@ from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..runtime import Engine, Preview, Request, Sample
+from ..runtime.call import deadline_after, refuse_too_many, request_of, some_seed
 from ..runtime.pictures import ImageFormat, encode
 from .bodies import CLIENT_CLOSED, EventStream, read_body
-from .errors import ApiError
-from .generation import (
-    ClientGone,
-    deadline_after,
-    engine_of,
-    evenly,
-    follow,
-    make,
-    refuse_too_many,
-    request_of,
-    some_seed,
-    unless_gone,
-)
+from .errors import ApiError, refusals
+from .generation import ClientGone, engine_of, evenly, follow, image_limit, make, unless_gone
 from .service import Service
 
 _NAMES = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -148,14 +138,15 @@ def _parse(body: bytes) -> ImageRequest:
 def _requests(service: Service, engine: Engine, asked: ImageRequest) -> list[Request]:
     manifest = engine.bundle.manifest
     _, height, width = manifest.sample_shape
-    refuse_too_many(service, engine, asked.n)
     if asked.size not in (None, "auto", f"{width}x{height}"):
         raise ApiError(400, f"size: {manifest.name} makes {width}x{height}, got {asked.size!r}", param="size")
     seed = some_seed() if asked.seed is None else asked.seed
-    first = request_of(
-        engine, seed=seed, prompt=str(asked.prompt), num_steps=asked.num_inference_steps, solver=asked.solver,
-        guidance=asked.guidance_scale, priority=asked.priority, deadline_s=deadline_after(asked.deadline_ms),
-    )  # fmt: skip
+    with refusals():
+        refuse_too_many(asked.n, image_limit(service, engine))
+        first = request_of(
+            engine, seed=seed, prompt=str(asked.prompt), num_steps=asked.num_inference_steps, solver=asked.solver,
+            guidance=asked.guidance_scale, priority=asked.priority, deadline_s=deadline_after(asked.deadline_ms),
+        )  # fmt: skip
     return [replace(first, seed=(seed + i) % 2**64) for i in range(asked.n)]
 
 

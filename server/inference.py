@@ -12,57 +12,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import __version__
-from ..runtime import Engine, Preview, Request, Sample
-from ..runtime.pictures import encode
-from .errors import ApiError
-from .generation import deadline_after, refuse_too_many, request_of, some_seed
+from ..runtime import Engine, Request, call
+from ..runtime.call import INPUTS, NAMES, OUTPUTS, PRIORITY_LEVELS, Array, outputs_of
+from .errors import ApiError, refusals
+from .generation import image_limit
 from .service import Service
 
-Array = NDArray[Any]
+__all__ = ["INPUTS", "NAMES", "OUTPUTS", "Array", "outputs_of"]
 
-INPUTS = {
-    "PROMPT": "BYTES",
-    "LABEL": "INT64",
-    "SEED": "UINT64",
-    "STEPS": "INT32",
-    "SOLVER": "BYTES",
-    "GUIDANCE": "FP32",
-}
-OUTPUTS = {"IMAGE": "UINT8", "SEED": "UINT64", "PNG": "BYTES"}
 DEFAULT_OUTPUTS = ("IMAGE", "SEED")  # encoding a picture is done only where it is asked for
 DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
-NAMES = {
-    "prompt": "PROMPT", "label": "LABEL", "seed": "SEED", "num_steps": "STEPS", "solver": "SOLVER",
-    "guidance": "GUIDANCE", "deadline_ms": "timeout",
-}  # fmt: skip
-_RESERVED = ("sequence_", "triton_", "headers", "binary_data_output")
-_LEVELS = 201  # Triton's priorities, 1 first; our -100 to 100, 100 first
 EXTENSIONS = ("binary_tensor_data", "generate", "model_configuration", "model_repository", "parameters", "statistics")
-
-
-class _Parameters(BaseModel):
-    """A request's parameters, all optional."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    n: int | None = None
-    prompt: str | int | None = None
-    label: int | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
-    steps: int | None = Field(default=None, ge=1)
-    solver: str | None = None
-    guidance: float | None = None
-    priority: int = Field(default=0, ge=0, le=_LEVELS)
-    timeout: int | None = Field(default=None, ge=0)  # microseconds; 0 is none
-    deadline_ms: float | None = Field(default=None, gt=0)
-    preview_every: int = Field(default=0, ge=0)  # network calls between previews, where answers are streamed
 
 
 def tensor_of(name: str, datatype: str, shape: Sequence[int], limit: int) -> tuple[int, str]:
@@ -120,71 +85,13 @@ def to_bytes(array: Array) -> bytes:
 def requests_of(
     service: Service, engine: Engine, tensors: Mapping[str, Array], parameters: Mapping[str, Any]
 ) -> tuple[list[Request], int]:
-    """What a call asks for.
-
-    Args:
-        service: for its limits.
-        engine: the student's.
-        tensors: inputs by name, each with one dimension.
-        parameters: the call's parameters.
-
-    Returns:
-        A request for each image, and after how many network calls previews are wanted, 0 for none.
+    """What a call asks for, within the server's limits; see `call.requests_of`.
 
     Raises:
         ApiError: something is wrong, unknown, or too much.
     """
-    asked = _parse(parameters)
-    sizes = {name: len(array) for name, array in tensors.items()}
-    num = max([*sizes.values(), asked.n or 1])
-    for name, size in sizes.items():
-        if size not in (1, num):
-            raise ApiError(400, f"{name}: holds {size} elements, the batch is {num}", param=name)
-    refuse_too_many(service, engine, num)
-    deadline_ms = asked.deadline_ms or (asked.timeout / 1000 if asked.timeout else None)
-    deadline_s = deadline_after(deadline_ms)
-    priority = (_LEVELS + 1) // 2 - asked.priority if asked.priority else 0
-    seed = some_seed() if asked.seed is None else asked.seed
-
-    def said(name: str, i: int) -> Any:
-        if name not in tensors:
-            return getattr(asked, name.lower())
-        value = tensors[name][i if sizes[name] > 1 else 0]
-        if isinstance(value, bytes):
-            try:
-                return value.decode()
-            except UnicodeDecodeError:
-                raise ApiError(400, f"{name}: is not UTF-8", param=name) from None
-        return value.item()
-
-    requests = []
-    for i in range(num):
-        own = (seed if "SEED" not in tensors else int(said("SEED", i))) + (0 if sizes.get("SEED", 1) > 1 else i)
-        prompt, label, steps = said("PROMPT", i), said("LABEL", i), said("STEPS", i)
-        if steps is not None and steps < 1:
-            raise ApiError(400, f"num_steps: at least 1, got {steps}", param="num_steps")
-        requests.append(
-            request_of(
-                engine, seed=own % 2**64 if own >= 0 else own, prompt=None if prompt is None else str(prompt),
-                label=label, num_steps=steps, solver=said("SOLVER", i) or None, guidance=said("GUIDANCE", i),
-                priority=priority, deadline_s=deadline_s,
-            )
-        )  # fmt: skip
-    return requests, asked.preview_every
-
-
-def outputs_of(images: Sequence[Sample | Preview], seeds: Sequence[int], wanted: Sequence[str]) -> dict[str, Array]:
-    """The outputs that were asked for, by name."""
-    pixels = [image.to_uint8() for image in images]
-    made: dict[str, Array] = {}
-    for name in wanted:
-        if name == "IMAGE":
-            made[name] = np.stack(pixels)
-        elif name == "SEED":
-            made[name] = np.array(seeds, np.uint64)[:, None]
-        else:
-            made[name] = np.array([[encode(image)] for image in pixels] + [[None]], object)[:-1]
-    return made
+    with refusals():
+        return call.requests_of(engine, tensors, parameters, image_limit(service, engine))
 
 
 def refuse_unknown_output(name: str) -> None:
@@ -228,7 +135,7 @@ def model_config(service: Service, engine: Engine) -> dict[str, Any]:
         "name": engine.bundle.name,
         "platform": "fewstep",
         "backend": "fewstep",
-        "max_batch_size": min(service.settings.max_images, engine.max_waiting),
+        "max_batch_size": image_limit(service, engine),
         "input": [
             {"name": one["name"], "data_type": kind(one["datatype"]), "dims": one["shape"][1:], "optional": True}
             for one in metadata["inputs"]
@@ -237,7 +144,7 @@ def model_config(service: Service, engine: Engine) -> dict[str, Any]:
             {"name": one["name"], "data_type": kind(one["datatype"]), "dims": one["shape"][1:]}
             for one in metadata["outputs"]
         ],
-        "dynamic_batching": {"priority_levels": _LEVELS, "default_priority_level": (_LEVELS + 1) // 2},
+        "dynamic_batching": {"priority_levels": PRIORITY_LEVELS, "default_priority_level": (PRIORITY_LEVELS + 1) // 2},
         "model_transaction_policy": {"decoupled": False},
     }
 
@@ -265,18 +172,3 @@ def model_statistics(engine: Engine) -> dict[str, Any]:
         },
         "batch_stats": [],
     }
-
-
-def _parse(parameters: Mapping[str, Any]) -> _Parameters:
-    own = {name: value for name, value in parameters.items() if not name.startswith(_RESERVED)}
-    try:
-        return _Parameters.model_validate(own)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(field, _Parameters.model_fields, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(_Parameters.model_fields)}"
-            raise ApiError(400, f"{field[:80]} is not a parameter{hint}", param=field) from None
-        problem = first["msg"][0].lower() + first["msg"][1:]
-        raise ApiError(400, f"{field}: {problem}, got {first['input']!r:.80}", param=field) from None
