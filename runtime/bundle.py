@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -65,6 +66,10 @@ class ClassLabels(_Strict):
             raise ValueError("class names must differ by more than case")
         return self
 
+    @cached_property
+    def _by_name(self) -> dict[str, int]:
+        return {name.casefold(): i for i, name in enumerate(self.names)}
+
     def parse(self, text: str) -> int:
         """The label that a number or a class name means; case and surrounding blanks do not matter.
 
@@ -72,9 +77,9 @@ class ClassLabels(_Strict):
             ValueError: it is neither.
         """
         wanted = text.strip().casefold()
-        for i, name in enumerate(self.names):
-            if wanted == name.casefold():
-                return i
+        label = self._by_name.get(wanted)
+        if label is not None:
+            return label
         if wanted.isascii() and wanted.isdigit() and len(wanted) < 9 and int(wanted) < len(self.names):
             return int(wanted)
         listed = ", ".join(self.names)

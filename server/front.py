@@ -1,31 +1,38 @@
 """In front of the application: the one route that carries the load, without FastAPI's machinery.
 
-FastAPI serves documentation, administration and the other protocols. Its middleware and dependency solving cost about
-as much CPU time as all else an image request needs from HTTP, so that request is matched and answered before it.
+FastAPI serves documentation, administration and the other protocols. Its middleware, routing and dependency solving
+cost more CPU time than all else an image request needs of us, so that request is matched and answered before it.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import logging
 
-from fastapi import FastAPI
-from starlette.applications import Starlette
-from starlette.routing import Mount, Route
+from fastapi import Request as HttpRequest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .app import IMAGES, create_app
-from .errors import ApiError, answer_api_error, answer_crash
+from .errors import ApiError, crashed
+from .images import generate_images
 from .service import Service
 
+log = logging.getLogger("fewstep")
 
-def create_front(service: Service) -> Starlette:
+
+def create_front(service: Service) -> ASGIApp:
     """The whole server over a service: what uvicorn runs."""
-    app: FastAPI = create_app(service)
+    app = create_app(service)
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async with app.router.lifespan_context(app):
-            yield
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        # The application has the same route, for its documentation; another method falls through to it and its 405.
+        if scope["type"] != "http" or scope["path"] != IMAGES or scope["method"] != "POST":
+            await app(scope, receive, send)
+            return
+        try:
+            response = await generate_images(HttpRequest(scope, receive), service)
+        except ApiError as error:
+            response = error.response()
+        except Exception:
+            log.exception("%s: an error that was not foreseen", IMAGES)
+            response = crashed().response()
+        await response(scope, receive, send)
 
-    # The application's own route, matched first. Another method falls through to the application, which answers 405.
-    images = next(route for route in app.routes if isinstance(route, Route) and route.path == IMAGES)
-    handlers = {ApiError: answer_api_error, Exception: answer_crash}
-    return Starlette(routes=[images, Mount("", app)], lifespan=lifespan, exception_handlers=handlers)
+    return front

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.types import Receive
 
@@ -68,30 +68,19 @@ async def make(service: Service, engine: Engine, requests: Sequence[Request], an
     futures = _submit(service, engine, requests)
     unfinished = count(len(futures) - 1, -1)  # its steps are atomic, wherever futures end
 
-    def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+    def fail(error: BaseException) -> None:
         if not done.done():
-            set_outcome(outcome)
-
-    def tell(set_outcome: Callable[[Any], None], outcome: Any) -> None:
-        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
-            loop.call_soon_threadsafe(settle, set_outcome, outcome)
-
-    def finish() -> None:
-        try:
-            outcome = answer([future.result() for future in futures])
-        except BaseException as error:
-            tell(done.set_exception, error)
-        else:
-            tell(done.set_result, outcome)
+            done.set_exception(_end_of(error))
 
     def on_end(future: Future[Sample]) -> None:
         is_last = next(unfinished) == 0
         if future.cancelled():
             return
         if error := future.exception():
-            tell(done.set_exception, _end_of(error))
+            with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
+                loop.call_soon_threadsafe(fail, error)
         elif is_last:
-            service.encoders.submit(finish)
+            service.encoders.submit(done, lambda: answer([future.result() for future in futures]))
 
     for future in futures:
         future.add_done_callback(on_end)
@@ -179,7 +168,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         left = True
         task.cancel()
 
-    watcher = asyncio.ensure_future(watch())
+    watcher = task.get_loop().create_task(watch())
     try:
         return await work
     except asyncio.CancelledError:

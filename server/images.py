@@ -4,7 +4,6 @@ Fields OpenAI has and we add nothing to (``quality``, ``user``, ...) are accepte
 knows is refused by name, since a misspelt ``seed`` would otherwise be silently random.
 """
 
-import asyncio
 import base64
 import difflib
 import json
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from fastapi import Request as HttpRequest
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 
 from ..runtime import Engine, Preview, Request, Sample
 from ..runtime.call import deadline_after, refuse_too_many, request_of, some_seed
@@ -147,7 +147,7 @@ def _requests(service: Service, engine: Engine, asked: ImageRequest) -> list[Req
             engine, seed=seed, prompt=str(asked.prompt), num_steps=asked.num_inference_steps, solver=asked.solver,
             guidance=asked.guidance_scale, priority=asked.priority, deadline_s=deadline_after(asked.deadline_ms),
         )  # fmt: skip
-    return [replace(first, seed=(seed + i) % 2**64) for i in range(asked.n)]
+    return [first, *(replace(first, seed=(seed + i) % 2**64) for i in range(1, asked.n))]
 
 
 def _answer(engine: Engine, asked: ImageRequest, arrived_s: float, samples: list[Sample]) -> bytes:
@@ -176,19 +176,18 @@ def _answer(engine: Engine, asked: ImageRequest, arrived_s: float, samples: list
             "total_ms": round((now_s - arrived_s) * 1000, 3),
         },
     }
-    return json.dumps(answer, separators=(",", ":")).encode()
+    return to_json(answer)
 
 
 async def _events(
     service: Service, engine: Engine, asked: ImageRequest, images: AsyncGenerator[tuple[int, Preview | Sample]]
 ) -> AsyncGenerator[bytes]:
     """The answer as OpenAI's events: partial images, then each image when it is finished."""
-    loop = asyncio.get_running_loop()
     shown = [0] * asked.n
     async with aclosing(images):
         try:
             async for i, image in images:
-                body = await loop.run_in_executor(service.encoders, _event, engine, asked, i, image, shown[i])
+                body = await service.encoders.run(_event, engine, asked, i, image, shown[i])
                 shown[i] += 1
                 yield body
         except ApiError as error:

@@ -7,7 +7,6 @@
 Bodies are read raw: stock clients send binary tensors without a Content-Type. Every error is ``{"error": "one line"}``.
 """
 
-import asyncio
 import base64
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -313,7 +312,7 @@ async def _events(
     async with aclosing(images):
         try:
             async for i, image in images:
-                yield await _in_encoder(service, _event, engine, call_id, requests[i].seed, i, image)
+                yield await service.encoders.run(_event, engine, call_id, requests[i].seed, i, image)
         except ApiError as error:
             yield b"data: " + json.dumps({"error": error.renamed(NAMES).message}).encode() + b"\n\n"
 
@@ -326,7 +325,3 @@ def _event(engine: Engine, call_id: Any, seed: int, i: int, image: Preview | Sam
     else:
         event |= {"is_preview": False, "step": image.request.tableau.num_steps}
     return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _in_encoder(service: Service, work: Callable[..., Any], *arguments: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(service.encoders, work, *arguments)

@@ -191,7 +191,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         yield last
 
     async def _in_encoder(self, call: "_Call", images: list[Sample] | list[Preview], i: int = 0) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._service.encoders, call.response, images, i)
+        return await self._service.encoders.run(call.response, images, i)
 
     async def _engine(self, name: str, version: str, context: Any) -> Engine:
         try:

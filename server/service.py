@@ -9,12 +9,12 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from ..runtime import Bundle, BundleError, Engine, EngineThread, TableauError
 from ..runtime.bundle import MANIFEST
+from .encoders import Encoders
 from .errors import ApiError
 from .settings import Settings, SettingsError
 from .tables import TablesFolder
@@ -46,7 +46,7 @@ class Service:
             self._sources[bundle.name] = source
         self.started_s = int(time.time())
         self.is_draining = False
-        self.encoders = ThreadPoolExecutor(settings.encoders, "fewstep-encoder")
+        self.encoders = Encoders(settings.encoders)
         self._thread = EngineThread(list(self.engines.values()))
         self._tables: TablesFolder | None = None
         if settings.tables_folder is not None:
@@ -65,7 +65,7 @@ class Service:
         if self._tables is not None:
             self._tables.stop()
         self._thread.stop()
-        self.encoders.shutdown()
+        self.encoders.stop()
 
     @property
     def default(self) -> str | None:
