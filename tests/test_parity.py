@@ -319,6 +319,20 @@ def test_pndm_extrapolates_eps() -> None:
     assert farthest(ours, both(scheduler, table, "eps")[1]) < 1e-10
 
 
+@pytest.mark.parametrize("steps", [4, 5, 10])
+def test_pndm_starts_with_runge_kutta_steps(steps: int) -> None:
+    """Twelve calls for the first three steps, every latent and every time as in diffusers.
+
+    Where times are an odd number apart it goes to one middle and asks the network about another; we go where we ask.
+    """
+    times = made("PNDMScheduler", steps, skip_prk_steps=True)
+    scheduler = made("PNDMScheduler", steps, skip_prk_steps=False)
+    table = sol.pndm(grid(times, "ddpm"), runge_kutta=True)
+    assert list(table.t) == scheduler.timesteps.tolist()
+    assert table.num_steps == steps + 9
+    assert farthest(*both(scheduler, table)) < 1e-10
+
+
 @pytest.mark.parametrize("kept", ["eps", "x0"])
 def test_the_inner_stage_of_the_third_order_single_step(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Diffusers reaches the second inner point with the midpoint weight ``hphi_1 / 2``; the paper's has ``hphi_2``."""

@@ -15,7 +15,7 @@ classifier whose hash stands in the report: figures of different hashes cannot b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,9 +28,9 @@ from ..runtime.schedules import karras
 from ..runtime.solvers import SOLVERS
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .denoiser import Denoiser
-from .evaluate import Array, features_of, frechet, kernel_distance, make_judge, nearest, precision_recall
+from .evaluate import Array, Judge, features_of, frechet, kernel_distance, make_judge, nearest, precision_recall
 from .evaluate import sliced_wasserstein as sliced
-from .images import load_images, to_float
+from .images import Images, load_images, to_float
 from .loop import generator
 from .methods import method_of
 from .recipe import Recipe, recipe_from
@@ -119,45 +119,73 @@ def evaluate(
         run, teacher = _of_bundle(bundle, tableau, guidance), None
         place = classifier or Path(f"{bundle.name}-classifier.safetensors")
     images = load_images(recipe.data.source, data or recipe.data.path, recipe.data.class_names)
-    judge = make_judge(images, place, recipe.evaluation.classifier_images, recipe.seed)
-    real = to_float(images.pixels)
-    real_features = features_of(judge.classifier, real)[0] / judge.scale
-    held_out = to_float(images.held_out_pixels)
-    spacing = nearest(_flat(held_out[:MOST]), _flat(real))
+    examiner = Examiner.of(images, make_judge(images, place, recipe.evaluation.classifier_images, recipe.seed))
+    label = torch.arange(samples) % len(images.class_names)
+    scored = [examiner.figures(run(seed, label), label, teacher and teacher(seed, label)) for seed in range(seeds)]
+    return Report(
+        name, tableau.name, tableau.num_steps, guidance, samples, seeds, over(scored, np.mean), over(scored, np.std),
+        examiner.floor(samples), f"fewstep-classifier-64, sha256 {examiner.judge.sha256}", examiner.accuracy(),
+    )  # fmt: skip
 
-    def figures(x: Tensor, label: Tensor, other: Tensor | None = None) -> Figures:
-        x = x.clamp(-1, 1)
+
+@dataclass(frozen=True, slots=True)
+class Examiner:
+    """A judge and the real images that samples are held against."""
+
+    images: Images
+    judge: Judge
+    real: Array  # [N, D] pixels of the training set
+    real_features: Array  # [N, 64]
+    spacing: float  # of held-out images to the nearest of the training set
+
+    @classmethod
+    def of(cls, images: Images, judge: Judge) -> Examiner:
+        """Look at the real images."""
+        real = to_float(images.pixels)
+        spacing = nearest(_flat(to_float(images.held_out_pixels)[:MOST]), _flat(real))
+        return cls(images, judge, _flat(real), features_of(judge.classifier, real)[0] / judge.scale, spacing)
+
+    def figures(self, x: Tensor, label: Tensor, other: Tensor | None = None) -> Figures:
+        """Judge samples ``[N, C, H, W]`` of classes ``label [N]``.
+
+        Args:
+            x: the samples.
+            label: what was asked for.
+            other: the teacher's samples from the same noise, if they can be compared.
+        """
+        x, judge = x.clamp(-1, 1), self.judge
         features, predicted = features_of(judge.classifier, x)
         features = features / judge.scale
-        some = np.random.default_rng(0).permutation(len(real_features))[: min(MOST, len(features))]
-        precision, recall = precision_recall(features[:MOST], real_features[some])
+        some = np.random.default_rng(0).permutation(len(self.real_features))[: min(MOST, len(features))]
+        precision, recall = precision_recall(features[:MOST], self.real_features[some])
         return Figures(
             frechet(features.mean(0), np.cov(features, rowvar=False), judge.mean, judge.covariance),
-            kernel_distance(features[:MOST] / 10, real_features[some] / 10),  # whose rms deviation is then 1
-            sliced(_flat(x), _flat(real)),
+            kernel_distance(features[:MOST] / 10, self.real_features[some] / 10),  # whose rms deviation is then 1
+            sliced(_flat(x), self.real),
             precision,
             recall,
             float((predicted == label.numpy()).mean()),
-            nearest(_flat(x[:MOST]), _flat(real)) / spacing,
+            nearest(_flat(x[:MOST]), self.real) / self.spacing,
             None if other is None else float((x - other.clamp(-1, 1)).pow(2).mean().sqrt()),
         )
 
-    label = torch.arange(samples) % len(images.class_names)
-    scored = [figures(run(seed, label), label, teacher and teacher(seed, label)) for seed in range(seeds)]
-    count = min(samples, len(held_out))
-    floor = figures(held_out[:count], torch.from_numpy(images.held_out_labels[:count]))
-    accuracy = float((features_of(judge.classifier, held_out)[1] == images.held_out_labels).mean())
-    return Report(
-        name, tableau.name, tableau.num_steps, guidance, samples, seeds, _over(scored, np.mean), _over(scored, np.std),
-        floor, f"fewstep-classifier-64, sha256 {judge.sha256}", accuracy,
-    )  # fmt: skip
+    def floor(self, samples: int) -> Figures:
+        """What as many held-out images score, or all there are."""
+        label = torch.from_numpy(self.images.held_out_labels[:samples])
+        return self.figures(to_float(self.images.held_out_pixels[:samples]), label)
+
+    def accuracy(self) -> float:
+        """Of the classifier's own head on held-out images."""
+        predicted = features_of(self.judge.classifier, to_float(self.images.held_out_pixels))[1]
+        return float((predicted == self.images.held_out_labels).mean())
 
 
 def _flat(x: Tensor) -> Array:
     return np.asarray(x.flatten(1).double().numpy())
 
 
-def _over(scored: list[Figures], reduce: Callable[[list[float]], np.floating]) -> Figures:
+def over(scored: Sequence[Figures], reduce: Callable[[list[float]], np.floating]) -> Figures:
+    """Reduce the figures of several sets to one; a figure that none has stays out."""
     columns: dict[str, list[float | None]] = {}
     for figures in scored:
         for key, value in asdict(figures).items():

@@ -51,6 +51,7 @@ SOLVERS: dict[str, Callable[[Levels], Tableau]] = {
     "lcm": lcm,
     "meng_stochastic": meng_stochastic,
     "pndm": pndm,
+    "pndm_rk": partial(pndm, runge_kutta=True),
     "sa_solver": sa_solver,
     "tcd": tcd,
     "unipc_2": partial(unipc, order=2),

@@ -7,6 +7,7 @@ On every path ``d(x / alpha) = eps d(sigma / alpha)``, so they keep eps and step
 and differ only in the weights: of equal steps (PNDM, iPNDM), or of the steps really taken (DEIS).
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -28,29 +29,52 @@ ADAMS = {
 }
 
 
-def pndm(levels: Levels) -> Tableau:
-    """PNDM as everyone runs it (PLMS, "skip_prk"): the first step twice, then up to four slopes.
+def pndm(levels: Levels, runge_kutta: bool = False) -> Tableau:
+    """PNDM, and as everyone runs it (PLMS, "skip_prk"): the first step twice, then up to four slopes.
 
-    Liu et al. 2022 (arXiv:2202.09778), eq. 9 and 12; the start with one corrected step instead of Runge-Kutta
-    ones is Stable Diffusion's (Rombach et al. 2022, ``plms.py``). One row more than levels. The first slope
-    at the second level is used for that correction only and not extrapolated from.
+    Liu et al. 2022 (arXiv:2202.09778), eq. 9 and 12. Their start is three steps of Runge-Kutta's method (algorithm 2),
+    four rows each. The start with one corrected step is Stable Diffusion's (Rombach et al. 2022, ``plms.py``): one row
+    more than levels; the first slope at the second level is used for that correction only and not extrapolated from.
+
+    Args:
+        levels: the levels to visit. With Runge-Kutta steps they must know their schedule, for the times between them.
+        runge_kutta: whether to start as in the paper.
+
+    Raises:
+        ValueError: the first level is pure noise, or the schedule is missing.
     """
-    _refuse_no_signal("pndm", levels)
+    name = "pndm_rk" if runge_kutta else "pndm"
+    _refuse_no_signal(name, levels)
+    schedule = levels.schedule
+    if runge_kutta and schedule is None:
+        raise ValueError(f"{name}: the levels must know their schedule; make them with a function of schedules")
+
+    def half_way(here: Level, there: Level) -> Level:
+        assert schedule is not None
+        t = (here.t + there.t) / 2
+        return schedule.at_time(math.floor(t) if schedule.whole_times else t)
 
     def solve(net: Trace) -> Linear:
         x = net.start()
         slopes: list[Linear] = []
         for i, (here, there) in enumerate(levels.steps()):
-            slopes = [net(x, here).eps, *slopes][:4]
-            if i == 0 and there.sigma:
-                h = there.ratio - here.ratio
-                again = net(_move(x, here, there, h * slopes[0]), there).eps
-                x = _move(x, here, there, h / 2 * (slopes[0] + again))
+            first = net(x, here).eps
+            slopes = [first, *slopes][:4]
+            h = there.ratio - here.ratio
+            if runge_kutta and i < 3 and there.sigma:
+                middle = half_way(here, there)
+                second = net(_move(x, here, middle, (middle.ratio - here.ratio) * first), middle).eps
+                third = net(_move(x, here, middle, (middle.ratio - here.ratio) * second), middle).eps
+                fourth = net(_move(x, here, there, h * third), there).eps
+                x = _move(x, here, there, h / 6 * (first + 2 * second + 2 * third + fourth))
+            elif not runge_kutta and i == 0 and there.sigma:
+                again = net(_move(x, here, there, h * first), there).eps
+                x = _move(x, here, there, h / 2 * (first + again))
             else:
                 x = _adams_step(x, here, there, slopes)
         return x
 
-    return trace("pndm", "eps", levels, solve)
+    return trace(name, "eps", levels, solve)
 
 
 def ipndm(levels: Levels, order: int = 4) -> Tableau:
