@@ -191,7 +191,7 @@ class Bench:
         if isinstance(recipe.student, Dkdm) and recipe.student.network:
             arms += dkdm_arms(recipe, out, teacher, self.examiner(TEACHER).images, self.noise_seeds)
         if name == TEACHER:
-            arms += teacher_arms(recipe, teacher, self.noise_seeds)
+            arms += teacher_arms(recipe, teacher)
         self.judge(out, arms, TEACHER, seconds=seconds_of(out), student=recipe.hash)
 
     def fashion(self, out: Path, data: Path | None) -> None:
@@ -275,14 +275,14 @@ def student_arms(recipe: Recipe, student: Checkpoint, teacher: Checkpoint, seeds
             )
 
 
-def teacher_arms(recipe: Recipe, teacher: Checkpoint, seeds: int) -> Iterable[Arm]:
+def teacher_arms(recipe: Recipe, teacher: Checkpoint) -> Iterable[Arm]:
     """The teacher by training-free tables. With few steps the best grid depends on their number: two are tried."""
     network, top = predictor(teacher), recipe.student.sigma_max
     for solver in ("dpmpp_2m", "ddim", "ancestral"):
         for steps in (1, 2, 4, 8, 16, 32, 64):
             for floor in (0.25, 0.05) if 1 < steps <= 8 else (0.01,):
                 table = SOLVERS[solver](karras(steps, floor, top))
-                yield Arm(f"teacher {solver} {steps} to {floor:g}", steps, network, table, seeds, network)
+                yield Arm(f"teacher {solver} {steps} to {floor:g}", steps, network, table, 1, network)
 
 
 def guided_arms(recipe: Recipe, out: Path, student: Checkpoint, teacher: Checkpoint, seeds: int) -> Iterable[Arm]:
