@@ -5,7 +5,17 @@ Read `engine` first, then `tableau`. Needs numpy, ONNX Runtime, pydantic and saf
 
 from .bundle import DEFAULT_BUNDLE, Bundle, BundleError, embedded_names
 from .engine import Engine, EngineThread
-from .request import DeadlineExpired, EngineStopped, Preview, QueueFull, Request, RequestError, Sample, SampleFailed
+from .request import (
+    DeadlineExpired,
+    DeadlineInfeasible,
+    EngineStopped,
+    Preview,
+    QueueFull,
+    Request,
+    RequestError,
+    Sample,
+    SampleFailed,
+)
 from .schedules import Levels
 from .tableau import Tableau, TableauError
 
@@ -14,6 +24,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "DeadlineExpired",
+    "DeadlineInfeasible",
     "Engine",
     "EngineStopped",
     "EngineThread",

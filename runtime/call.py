@@ -1,6 +1,6 @@
 """What a person means, as requests; and what comes back, as tensors. The doors and Triton's model share it.
 
-    PROMPT BYTES  LABEL INT64  SEED UINT64  STEPS INT32  SOLVER BYTES  GUIDANCE FP32   ->   IMAGE UINT8  SEED  PNG BYTES
+    PROMPT BYTES  LABEL INT64  SEED UINT64  STEPS INT32  SOLVER BYTES  GUIDANCE FP32   ->   IMAGE  SEED  STEPS  PNG
 
 Every input may be left out, and holds one element for all images or one for each; their number is the batch. The same
 words in lower case are parameters of the call.
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .engine import Engine
 from .pictures import encode
 from .request import Preview, Request, Sample
+from .tableau import Tableau
 
 Array = NDArray[Any]
 
@@ -30,7 +31,7 @@ INPUTS = {
     "SOLVER": "BYTES",
     "GUIDANCE": "FP32",
 }
-OUTPUTS = {"IMAGE": "UINT8", "SEED": "UINT64", "PNG": "BYTES"}
+OUTPUTS = {"IMAGE": "UINT8", "SEED": "UINT64", "STEPS": "INT32", "PNG": "BYTES"}
 NAMES = {
     "prompt": "PROMPT", "label": "LABEL", "seed": "SEED", "num_steps": "STEPS", "solver": "SOLVER",
     "guidance": "GUIDANCE", "deadline_ms": "timeout",
@@ -57,6 +58,8 @@ class _Parameters(BaseModel):
     label: int | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     steps: int | None = Field(default=None, ge=1)
+    min_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     solver: str | None = None
     guidance: float | None = None
     priority: int = Field(default=0, ge=0, le=PRIORITY_LEVELS)
@@ -102,6 +105,8 @@ def request_of(
     prompt: str | None = None,
     label: int | None = None,
     num_steps: int | None = None,
+    min_steps: int | None = None,
+    max_steps: int | None = None,
     solver: str | None = None,
     guidance: float | None = None,
     priority: int = 0,
@@ -115,6 +120,8 @@ def request_of(
         prompt: a class name or a label number as text; blank is no condition, where the student allows it.
         label: the label number, instead of ``prompt``.
         num_steps: network calls; the default table's when left out.
+        min_steps: instead, with a deadline: at least so many, and as many as should be done in time.
+        max_steps: at most so many.
         solver: name of a table; the default one when left out.
         guidance: weight of the conditional output.
         priority: a higher one is started first.
@@ -131,12 +138,38 @@ def request_of(
             raise CallError(f"prompt: {error}", "prompt", "unknown_label") from None
     elif label is None and labels and labels.null is None:
         raise CallError(f"prompt: {engine.bundle.name} needs a class", "prompt", "unknown_label")
-    try:
-        tableau = engine.tableau(solver, num_steps)
-    except ValueError as error:
-        field = "num_steps" if num_steps is not None else "solver"
-        raise CallError(f"{field}: {error}", field, "no_such_table") from None
-    return Request(seed, tableau, label, guidance, priority, deadline_s)
+    fallbacks: list[Tableau] = []
+    if min_steps is not None or max_steps is not None:
+        if num_steps is not None:
+            raise CallError("num_steps: leave it out where min_steps or max_steps is said", "num_steps")
+        tableau, *fallbacks = _within(engine, solver, min_steps, max_steps, deadline_s)
+    else:
+        try:
+            tableau = engine.tableau(solver, num_steps)
+        except ValueError as error:
+            field = "num_steps" if num_steps is not None else "solver"
+            raise CallError(f"{field}: {error}", field, "no_such_table") from None
+    return Request(seed, tableau, label, guidance, priority, deadline_s, tuple(fallbacks))
+
+
+def _within(
+    engine: Engine, solver: str | None, min_steps: int | None, max_steps: int | None, deadline_s: float | None
+) -> list[Tableau]:
+    """A solver's tables within bounds, the one with the most steps first."""
+    field = "min_steps" if min_steps is not None else "max_steps"
+    if deadline_s is None:
+        raise CallError(f"{field}: needs deadline_ms, which the number of steps is to fit", field)
+    name = solver or engine.bundle.manifest.default_tableau.solver
+    tables = {steps: tableau for (its, steps), tableau in engine.tableaus.items() if its == name}
+    if not tables:
+        raise CallError(f"solver: {engine.bundle.name} has no table for {name[:80]}", "solver", "no_such_table")
+    low, high = min_steps or 1, max(tables) if max_steps is None else max_steps
+    found = [tables[steps] for steps in sorted(tables, reverse=True) if low <= steps <= high]
+    if not found:
+        have = ", ".join(map(str, sorted(tables)))
+        message = f"{field}: {engine.bundle.name} has no table for {name} with {low} to {high} steps; it has {have}"
+        raise CallError(message, field, "no_such_table")
+    return found
 
 
 def requests_of(
@@ -188,8 +221,9 @@ def requests_of(
         requests.append(
             request_of(
                 engine, seed=own % 2**64 if own >= 0 else own, prompt=None if prompt is None else str(prompt),
-                label=label, num_steps=steps, solver=said("SOLVER", i) or None, guidance=said("GUIDANCE", i),
-                priority=priority, deadline_s=deadline_s,
+                label=label, num_steps=steps, min_steps=asked.min_steps, max_steps=asked.max_steps,
+                solver=said("SOLVER", i) or None, guidance=said("GUIDANCE", i), priority=priority,
+                deadline_s=deadline_s,
             )
         )  # fmt: skip
     return requests, asked.preview_every
@@ -204,6 +238,8 @@ def outputs_of(images: Sequence[Sample | Preview], seeds: Sequence[int], wanted:
             made[name] = np.stack(pixels)
         elif name == "SEED":
             made[name] = np.array(seeds, np.uint64)[:, None]
+        elif name == "STEPS":
+            made[name] = np.array([[image.num_steps] for image in images], np.int32)
         else:
             made[name] = np.array([[encode(image)] for image in pixels] + [[None]], object)[:-1]
     return made

@@ -24,8 +24,19 @@ from ..kernels import pack_rows
 from ..kernels.fused_step import Array
 from .backends import Backend, OnnxBackend
 from .bundle import Bundle, BundleError
-from .request import DeadlineExpired, EngineStopped, Preview, QueueFull, Request, Sample, SampleFailed, Ticket
-from .scheduler import Scheduler
+from .pace import Pace, ticks_to_end, ticks_to_start
+from .request import (
+    DeadlineExpired,
+    DeadlineInfeasible,
+    EngineStopped,
+    Preview,
+    QueueFull,
+    Request,
+    Sample,
+    SampleFailed,
+    Ticket,
+)
+from .scheduler import AGEING_S, Scheduler, Shares
 from .slots import Slots
 from .tableau import Tableau, TableauError
 
@@ -61,6 +72,8 @@ class Engine:
         max_waiting: samples that may wait; further ones are refused with `QueueFull`.
         threads: CPU threads of one network call; the machine's cores when left out.
         backend: makes the network from (bundle, rows); ONNX Runtime when left out.
+        ageing_s: time in line that is worth one level of priority.
+        weight: its share of the device, of those that an `EngineThread` steps.
     """
 
     def __init__(
@@ -71,12 +84,17 @@ class Engine:
         max_waiting: int = 1024,
         threads: int | None = None,
         backend: Callable[[Bundle, int], Backend] | None = None,
+        ageing_s: float = AGEING_S,
+        weight: float = 1.0,
     ) -> None:
         if max_rows < 1 or max_waiting < 1:
             raise ValueError(f"max_rows {max_rows} and max_waiting {max_waiting} must be at least 1")
         self.bundle = bundle
         self.max_waiting = max_waiting
+        self.weight = weight
         self.counters = Counters()
+        self.pace = Pace()
+        self.others_s = 0.0  # since its last tick: the turns of others; told by who calls step()
         self.on_submit: Callable[[], None] = lambda: None  # wakes whoever calls step()
         shape = bundle.manifest.sample_shape
         elements = int(np.prod(shape))
@@ -105,7 +123,7 @@ class Engine:
         self._rows_of: dict[str, range] = {}  # by hash: which rows of self._table
         self._table: Array
         self._pack()
-        self._scheduler = Scheduler()
+        self._scheduler = Scheduler(ageing_s)
         self._is_closed = False
         self._lock = threading.Lock()  # around the scheduler and the counters; no future is touched under it
 
@@ -115,6 +133,9 @@ class Engine:
         self, requests: Sequence[Request], on_preview: Callable[[int, Preview], None] | None = None
     ) -> list[Future[Sample]]:
         """Put requests in line, all or none.
+
+        Those with a deadline are accepted only if they should meet it. Of the tables of a request, the first one is
+        taken with which all of them should; the sample's request says which.
 
         Args:
             requests: one for each sample.
@@ -127,31 +148,38 @@ class Engine:
         Raises:
             ValueError: a request does not fit the student; the message names the field.
             QueueFull: there is no room for all of them.
+            DeadlineInfeasible: they would be late, whatever their tables.
             EngineStopped: the engine was closed.
         """
         for request in requests:
             self._refuse_misfit(request)
         now_s = time.monotonic()
-        tickets = [
-            Ticket(request, Future(), now_s, partial(on_preview, i) if on_preview else None)
-            for i, request in enumerate(requests)
-        ]
+        tickets: list[Ticket] = []
         over: list[Ticket] = []
+        refusal: QueueFull | DeadlineInfeasible | None = None
         with self._lock:
             if self._is_closed:
                 raise EngineStopped(f"{self.bundle.name} is shutting down")
-            if len(self._scheduler) + len(tickets) > self.max_waiting:
+            if len(self._scheduler) + len(requests) > self.max_waiting:
                 over = self._scheduler.drop(now_s)
             waiting = len(self._scheduler)
-            is_full = waiting + len(tickets) > self.max_waiting
-            if is_full:
-                self.counters.rejected += len(tickets)
+            if waiting + len(requests) > self.max_waiting:
+                refusal = QueueFull(waiting, self.max_waiting, self._seconds_to_start(waiting))
             else:
-                for ticket in tickets:
-                    self._scheduler.add(ticket)
+                try:
+                    requests = self._in_time(requests, now_s)
+                except DeadlineInfeasible as error:
+                    refusal = error
+            if refusal:
+                self.counters.rejected += len(requests)
+            else:
+                for i, request in enumerate(requests):
+                    show = partial(on_preview, i) if on_preview else None
+                    tickets.append(Ticket(request, Future(), now_s, show))
+                    self._scheduler.add(tickets[-1])
         self._end(over, "waiting")
-        if is_full:
-            raise QueueFull(waiting, self.max_waiting, self._seconds_to_start(waiting))
+        if refusal:
+            raise refusal
         self.on_submit()
         return [ticket.future for ticket in tickets]
 
@@ -182,9 +210,24 @@ class Engine:
         return self._is_closed and not len(self._slots) and not len(self._scheduler)
 
     @property
+    def has_work(self) -> bool:
+        """Whether a tick would have anything to do."""
+        return bool(len(self._slots) or len(self._scheduler))
+
+    def place(self, future: Future[Sample]) -> int | None:
+        """How many start before a request that waits; None when it does not wait any more."""
+        with self._lock:
+            return self._scheduler.place(future)
+
+    @property
     def num_waiting(self) -> int:
         """Samples in line."""
         return len(self._scheduler)
+
+    @property
+    def waiting_by_priority(self) -> dict[int, int]:
+        """Samples in line, by priority."""
+        return self._scheduler.lengths()
 
     @property
     def num_running(self) -> int:
@@ -255,12 +298,28 @@ class Engine:
 
     # --- working
 
+    def warm_up(self) -> None:
+        """Run the network on nothing, so that the first requests find it ready and its pace known."""
+        for rows in dict.fromkeys((1, self._slots.capacity)):
+            for _ in range(3):  # the first call of a size sets it up
+                start_s = time.monotonic()
+                self._device.fetch(self._backend(rows)[:1])
+            self.pace.add(rows, time.monotonic() - start_s)
+
     def step(self) -> bool:
-        """One tick.
+        """One tick. Whatever goes wrong in it, it ends the requests that it concerns, and never raises.
 
         Returns:
             Whether there was anything to run.
         """
+        try:
+            return self._tick()
+        except Exception as error:
+            log.exception("%s: a tick failed; its %d samples are lost", self.bundle.name, len(self._slots))
+            self._fail_running(SampleFailed(f"the step failed: {error}"))
+            return True
+
+    def _tick(self) -> bool:
         start_s = time.monotonic()
         if self._are_tables_stale:
             self._pack()
@@ -271,18 +330,45 @@ class Engine:
             return False
         try:
             raw = self._network(rows)
+        except Exception:
+            log.exception("%s: a network call failed; its %d rows are run one by one", self.bundle.name, rows)
+            self._one_by_one(rows)
+            outputs = 0
+        else:
             self._show(rows, raw)
             self._update(slice(0, rows), raw)
-        except Exception as error:
-            log.exception("%s: a step failed; its %d samples are lost", self.bundle.name, rows)
-            self._fail_running(SampleFailed(f"the step failed: {error}"))
-            return True
+            outputs = len(raw)
         now_s = time.monotonic()
         self._harvest(now_s)
         self.counters.ticks += 1
         self.counters.row_steps += rows
         self.counters.busy_s += now_s - start_s
+        if outputs:
+            self.pace.add(outputs, now_s - start_s, self.others_s)
+        self.others_s = 0.0
         return True
+
+    def _one_by_one(self, rows: int) -> None:
+        """Find the rows that a network call fails on, end those, and do the step of the others."""
+        slots = self._slots
+        lost: dict[int, Exception] = {}
+        for i in range(rows):
+            slots.swap(0, i)  # a network call is over the first rows
+            behind = self._input[1].copy() if self._has_uncond else None
+            try:
+                raw = self._network(1)
+            except Exception as error:
+                lost[id(slots.tickets[0])] = error
+            else:
+                self._show(1, raw)
+                self._update(slice(0, 1), raw)
+            if behind is not None:
+                self._input[1] = behind
+        for i in reversed(range(rows)):
+            ticket = slots.tickets[i]
+            if id(ticket) in lost:
+                slots.remove(i)
+                self._fail(ticket, SampleFailed(f"the step failed: {lost[id(ticket)]}"))
 
     def _let_go(self, now_s: float) -> None:
         over = [i for i, ticket in enumerate(self._slots.tickets) if ticket.is_over(now_s)]
@@ -307,8 +393,14 @@ class Engine:
             null = labels.null if labels and labels.null is not None else 0
             label = null if request.label is None else request.label
             scale = guidance.default if request.guidance is None else request.guidance
-            self._slots.add(ticket, self._rows(request.tableau), label, scale)
-        if tickets:
+            try:
+                rows = self._rows(request.tableau)
+            except Exception as error:
+                log.exception("%s: %s cannot be packed", self.bundle.name, request.tableau.name)
+                self._fail(ticket, SampleFailed(f"its table cannot be run: {error}"))
+                continue
+            self._slots.add(ticket, rows, label, scale)
+        if len(self._slots) > first:
             self._update(slice(first, len(self._slots)), self._input)  # the start row reads no network output
 
     def _network(self, rows: int) -> Array:
@@ -339,6 +431,7 @@ class Engine:
             slots.guidance[part], slots.seed[part], self._input[part],
         )  # fmt: skip
         slots.table_row[part] += 1
+        slots.left[part] -= 1
 
     def _show(self, rows: int, raw: Array) -> None:
         """Give previews to those who asked for them; before the update, which moves ``x`` on."""
@@ -348,7 +441,7 @@ class Engine:
             if ticket.on_preview is None:
                 continue
             tableau = ticket.request.tableau
-            step = tableau.num_steps - int(slots.end_row[i] - slots.table_row[i])
+            step = tableau.num_steps - int(slots.left[i])
             if step == tableau.num_steps - 1:  # what comes next is the sample itself
                 continue
             try:
@@ -370,7 +463,7 @@ class Engine:
     def _harvest(self, now_s: float) -> None:
         slots = self._slots
         rows = len(slots)
-        finished = np.flatnonzero(slots.table_row[:rows] == slots.end_row[:rows])
+        finished = np.flatnonzero(slots.left[:rows] == 0)
         if not len(finished):
             return
         pixels = self._device.fetch(slots.x[finished])
@@ -449,9 +542,7 @@ class Engine:
             rows_of[sha256] = range(stop, stop := stop + len(rows))
         for i, ticket in enumerate(self._slots.tickets):
             sha256 = ticket.request.tableau.sha256
-            moved = rows_of[sha256].start - self._rows_of[sha256].start
-            self._slots.table_row[i] += moved
-            self._slots.end_row[i] += moved
+            self._slots.table_row[i] += rows_of[sha256].start - self._rows_of[sha256].start
         self._table = np.concatenate(list(packed.values()))
         self._packed, self._rows_of = packed, rows_of
 
@@ -482,8 +573,42 @@ class Engine:
             if guidance.minimum == guidance.maximum:
                 allowed = f"{guidance.default:g} only: its guidance is fixed"
             raise ValueError(f"guidance: {scale:g}, {name} takes {allowed}")
-        if request.tableau.sha256 not in self._rows_of:
-            self.bundle.refuse_misfit(request.tableau)
+        for tableau in (request.tableau, *request.fallbacks):
+            if tableau.sha256 not in self._rows_of:
+                self.bundle.refuse_misfit(tableau)
+
+    # --- admission
+
+    def _in_time(self, requests: Sequence[Request], now_s: float) -> Sequence[Request]:
+        """The requests, with the first of their tables with which all should meet the earliest of their deadlines."""
+        deadlines = [request.deadline_s for request in requests if request.deadline_s is not None]
+        if not deadlines:
+            return requests
+        left_s = min(deadlines) - now_s
+        ahead = list(self._scheduler.ahead(requests[0]))
+        running = self._slots.left[: len(self._slots)].tolist()
+        capacity = self._slots.capacity
+        free = ticks_to_start(running, (ticket.request.tableau.num_steps for ticket in ahead), capacity)
+        company = [*(ticket.request for ticket in (*self._slots.tickets, *ahead)), *requests]
+        outputs = sum(map(self._outputs, company)) / len(company) * min(capacity, len(company))
+        tick_s = self.pace.seconds(max(outputs, self.pace.rows))  # more may join than are here now
+        for i in range(1 + max(len(request.fallbacks) for request in requests)):
+            taken = [
+                replace(request, tableau=(request.tableau, *request.fallbacks)[min(i, len(request.fallbacks))])
+                for request in requests
+            ]
+            steps = [request.tableau.num_steps for request in taken]
+            ticks = ticks_to_end(free, steps) + bool(running)  # the one that runs now has to end first
+            needed_s = ticks * tick_s + self.pace.reserve_s(ticks)
+            if needed_s <= left_s:
+                return taken
+        raise DeadlineInfeasible(left_s, needed_s, max(steps), len(ahead))
+
+    def _outputs(self, request: Request) -> int:
+        """Rows of a network call that a request takes."""
+        default = self.bundle.manifest.guidance.default
+        scale = default if request.guidance is None else request.guidance
+        return 2 if self._has_uncond and scale != 1 else 1
 
     def _seconds_to_start(self, waiting: int) -> float:
         """When a sample that cannot wait in line may try again: the line's length by the measured pace."""
@@ -495,7 +620,9 @@ class Engine:
 
 
 class EngineThread:
-    """The thread that owns the device: it steps each engine in turn while any has work, and sleeps else.
+    """The thread that owns the device: it steps the engines that have work, and sleeps when none has.
+
+    Next is the one that was given the least time by its weight, as callers share a waiting line; see `Shares`.
 
     Args:
         engines: the students it runs.
@@ -540,13 +667,28 @@ class EngineThread:
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        shares = Shares()
         while True:
             self._wake.clear()
             is_last = self._stopping  # read first: what came in before it is seen by the steps below
-            worked = [engine.step() for engine in self._engines]  # each has its turn
-            if not any(worked):
-                if is_last:
-                    return
+            engines = self._engines
+            busy = [engine for engine in engines if engine.has_work]
+            if busy:
+                engine = min(busy, key=shares.due)
+                start_s, due = time.monotonic(), shares.due(engine)
+                engine.step()
+                took_s = time.monotonic() - start_s
+                shares.charge(engine, due, took_s / engine.weight)
+                shares.serve(due)
+                for other in busy:
+                    if other is not engine:
+                        other.others_s += took_s
+            elif is_last:
+                return
+            if len(busy) < len(engines) and any(engine.is_done for engine in engines):
                 with self._lock:
                     self._engines = tuple(engine for engine in self._engines if not engine.is_done)
+                for gone in set(engines) - set(self._engines):
+                    shares.forget(gone)
+            elif not busy:
                 self._wake.wait()

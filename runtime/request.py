@@ -24,6 +24,9 @@ class Request:
     guidance: float | None = None  # None: the student's default
     priority: int = 0  # a higher one is started first
     deadline_s: float | None = None  # on time.monotonic(); not started after it, given up when running
+    fallbacks: tuple[Tableau, ...] = ()  # what admission may take instead to meet the deadline, the best first
+    caller: str = ""  # who asks; callers of one priority share alike
+    weight: float = 1.0  # the caller's share
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,14 @@ class Sample:
     """One finished sample."""
 
     pixels: NDArray[np.float32]  # [channels, height, width], data nominally in -1 to 1
-    request: Request
+    request: Request  # with the table that was taken
     queue_s: float  # from submission to the first network call
     run_s: float  # from the first network call to the last update
+
+    @property
+    def num_steps(self) -> int:
+        """Network calls that made it."""
+        return self.request.tableau.num_steps
 
     def to_uint8(self) -> NDArray[np.uint8]:
         """``[height, width, channels]``; see `to_uint8`."""
@@ -72,6 +80,18 @@ class QueueFull(RequestError):
     def __init__(self, waiting: int, limit: int, retry_after_s: float) -> None:
         super().__init__(f"the queue is full: {waiting} of {limit} samples wait; try again in {retry_after_s:.3g} s")
         self.retry_after_s = retry_after_s
+
+
+class DeadlineInfeasible(RequestError):
+    """Not accepted: by the measured pace it would be finished too late, or it is so already."""
+
+    def __init__(self, left_s: float, needed_s: float, num_steps: int, ahead: int) -> None:
+        self.retry_after_s = max(0.001, needed_s - left_s)
+        line = f" behind {ahead} others" if ahead else ""
+        super().__init__(
+            f"{max(0.0, 1000 * left_s):.3g} ms are not enough: {num_steps} steps{line} would take "
+            f"{1000 * needed_s:.3g} ms; allow more time or fewer steps, or try again in {self.retry_after_s:.3g} s"
+        )
 
 
 class DeadlineExpired(RequestError):

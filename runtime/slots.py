@@ -32,7 +32,7 @@ class Slots:
         self.x = self._device.zeros((capacity, elements), np.float32)
         self.history = self._device.zeros((capacity, history, elements), np.float32)
         self.table_row = np.zeros(capacity, np.int32)  # the table row that comes next
-        self.end_row = np.zeros(capacity, np.int32)  # one past the last table row
+        self.left = np.zeros(capacity, np.int32)  # table rows to go, that one included
         self.seed = np.zeros(capacity, np.uint64)
         self.guidance = np.zeros(capacity, np.float32)
         self.label = np.zeros(capacity, np.int64)
@@ -44,7 +44,7 @@ class Slots:
         """Give a request the next place; ``rows`` are its table rows."""
         i = len(self.tickets)
         self.tickets.append(ticket)
-        self.table_row[i], self.end_row[i] = rows.start, rows.stop
+        self.table_row[i], self.left[i] = rows.start, len(rows)
         self.seed[i], self.label[i], self.guidance[i] = ticket.request.seed, label, guidance
 
     def remove(self, i: int) -> None:
@@ -52,11 +52,21 @@ class Slots:
         last = len(self.tickets) - 1
         if i != last:
             self.tickets[i] = self.tickets[last]
-            for array in (self.x, self.network_input, self.history, self.table_row, self.end_row):
+            for array in (self.x, self.network_input, self.history, self.table_row, self.left):
                 array[i] = array[last]
             for array in (self.seed, self.guidance, self.label):
                 array[i] = array[last]
         self.tickets.pop()
+
+    def swap(self, i: int, j: int) -> None:
+        """Let two rows change places."""
+        self.tickets[i], self.tickets[j] = self.tickets[j], self.tickets[i]
+        for array in (self.x, self.network_input, self.history):
+            row = array[i].copy()
+            array[i] = array[j]
+            array[j] = row
+        for array in (self.table_row, self.left, self.seed, self.guidance, self.label):
+            array[[i, j]] = array[[j, i]]
 
     def deepen(self, history: int) -> None:
         """Make room for tables that read further back."""

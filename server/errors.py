@@ -41,14 +41,18 @@ class ApiError(Exception):
         return ApiError(self.status, message, param=name, code=self.code, retry_after_s=self.retry_after_s)
 
     @property
+    def is_final(self) -> bool:
+        """Whether clients should not ask again by themselves: they would be late again."""
+        return self.code in ("deadline_expired", "deadline_infeasible")
+
+    @property
     def headers(self) -> dict[str, str]:
         """What HTTP clients are told beside the body."""
-        if self.code == "deadline_expired":
-            # OpenAI's clients would ask again by themselves, and be late again.
-            return {"x-should-retry": "false"}
+        headers = {"x-should-retry": "false"} if self.is_final else {}
         if self.retry_after_s is None:
-            return {}
+            return headers
         return {
+            **headers,
             "Retry-After": str(math.ceil(self.retry_after_s)),
             "retry-after-ms": str(math.ceil(self.retry_after_s * 1000)),
         }

@@ -4,7 +4,7 @@ A protocol's door reads its own wire format, calls `engine_of` and `call.request
 over `follow`, and writes the answer. What is wrong is an `ApiError` in the words below, which the door turns into its
 own with `ApiError.renamed`.
 
-    prompt  label  seed  num_steps  solver  guidance  n  model  priority  deadline_ms
+    prompt  label  seed  num_steps  min_steps  max_steps  solver  guidance  n  model  priority  deadline_ms
 
 Cancelling the coroutine, or closing the iterator, cancels the requests within one step.
 """
@@ -19,7 +19,17 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from ..runtime import DeadlineExpired, Engine, EngineStopped, Preview, QueueFull, Request, Sample, SampleFailed
+from ..runtime import (
+    DeadlineExpired,
+    DeadlineInfeasible,
+    Engine,
+    EngineStopped,
+    Preview,
+    QueueFull,
+    Request,
+    Sample,
+    SampleFailed,
+)
 from .errors import ApiError
 from .service import Service
 
@@ -196,6 +206,11 @@ def _submit(
         return engine.submit(requests, on_preview)
     except QueueFull as error:
         raise ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s) from None
+    except DeadlineInfeasible as error:
+        raise ApiError(
+            429, f"deadline_ms: {error}", param="deadline_ms", code="deadline_infeasible",
+            retry_after_s=error.retry_after_s,
+        ) from None  # fmt: skip
     except EngineStopped:
         raise draining() from None
     except ValueError as error:

@@ -45,6 +45,10 @@ class ImageRequest(BaseModel):
     output_format: ImageFormat | None = Field(default=None, description="png (default), jpeg or webp.")
     seed: int | None = Field(default=None, ge=0, lt=2**64, description="Left out, a random one, which is returned.")
     num_inference_steps: int | None = Field(default=None, ge=1, description="Network calls per image.")
+    min_steps: int | None = Field(
+        default=None, ge=1, description="With deadline_ms: at least so many calls; the most that fit are taken."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="With deadline_ms: at most so many calls.")
     solver: str | None = Field(default=None, description="Name of one of the student's tables.")
     guidance_scale: float | None = Field(default=None, description="1 is no guidance.")
     priority: int = Field(default=0, ge=-100, le=100, description="A higher one is started first.")
@@ -144,8 +148,9 @@ def _requests(service: Service, engine: Engine, asked: ImageRequest) -> list[Req
     with refusals():
         refuse_too_many(asked.n, image_limit(service, engine))
         first = request_of(
-            engine, seed=seed, prompt=str(asked.prompt), num_steps=asked.num_inference_steps, solver=asked.solver,
-            guidance=asked.guidance_scale, priority=asked.priority, deadline_s=deadline_after(asked.deadline_ms),
+            engine, seed=seed, prompt=str(asked.prompt), num_steps=asked.num_inference_steps, min_steps=asked.min_steps,
+            max_steps=asked.max_steps, solver=asked.solver, guidance=asked.guidance_scale, priority=asked.priority,
+            deadline_s=deadline_after(asked.deadline_ms),
         )  # fmt: skip
     return [first, *(replace(first, seed=(seed + i) % 2**64) for i in range(1, asked.n))]
 

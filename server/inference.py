@@ -1,6 +1,6 @@
 """The Open Inference Protocol's meaning: which tensors a student takes and gives, and what it says of itself.
 
-    PROMPT BYTES  LABEL INT64  SEED UINT64  STEPS INT32  SOLVER BYTES  GUIDANCE FP32   ->   IMAGE UINT8  SEED  PNG BYTES
+    PROMPT BYTES  LABEL INT64  SEED UINT64  STEPS INT32  SOLVER BYTES  GUIDANCE FP32   ->   IMAGE  SEED  STEPS  PNG
 
 Every input may be left out, and holds one element for all images or one for each; their number is the batch. The same
 words in lower case are parameters of the request. `kserve` writes this as HTTP, `kserve_grpc` as gRPC.

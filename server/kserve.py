@@ -257,7 +257,9 @@ def _inferred(
         else:
             output["data"] = _plain(array)
         outputs.append(output)
-    answer = {**_head(engine, call_id), "outputs": outputs}
+    first = samples[0].request.tableau
+    taken = {"steps": first.num_steps, "solver": first.name}
+    answer = {**_head(engine, call_id), "parameters": taken, "outputs": outputs}
     head = json.dumps(answer, separators=(",", ":")).encode()
     body, headers = packed(b"".join((head, *blobs)), accepted)
     if blobs:
@@ -295,8 +297,8 @@ def _asked(body: bytes, service: Service, engine: Engine) -> tuple[Any, list[Req
 
 
 def _generated(engine: Engine, call_id: Any, samples: list[Sample]) -> bytes:
-    """The pictures as base64 PNG and their seeds; one is not in a list, as Triton has it."""
-    made = outputs_of(samples, [sample.request.seed for sample in samples], ("PNG", "SEED"))
+    """The pictures as base64 PNG, their seeds and steps; one is not in a list, as Triton has it."""
+    made = outputs_of(samples, [sample.request.seed for sample in samples], ("PNG", "SEED", "STEPS"))
     values = {name: _plain(array) for name, array in made.items()}
     single = {name: value[0] if len(value) == 1 else value for name, value in values.items()}
     return json.dumps({**_head(engine, call_id), **single}, separators=(",", ":")).encode()

@@ -231,6 +231,9 @@ class _Call:
             response.parameters["is_preview"].bool_param = True
             response.parameters["step"].int64_param = first.step
             response.parameters["index"].int64_param = i
+        else:
+            response.parameters["steps"].int64_param = first.request.tableau.num_steps
+            response.parameters["solver"].string_param = first.request.tableau.name
         return response
 
 
@@ -268,8 +271,10 @@ def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 async def _abort(context: Any, error: ApiError) -> NoReturn:
     error = error.renamed(NAMES)
-    trailing: tuple[tuple[str, str], ...] = ()
+    trailing: list[tuple[str, str]] = []
     if error.retry_after_s is not None:
-        trailing = (("grpc-retry-pushback-ms", str(math.ceil(error.retry_after_s * 1000))),)
-    await context.abort(_CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), error.message, trailing)
+        wait_ms = str(math.ceil(error.retry_after_s * 1000))
+        # The first is for whoever asks, the second for gRPC's own retries: a negative number ends them.
+        trailing = [("retry-after-ms", wait_ms), ("grpc-retry-pushback-ms", "-1" if error.is_final else wait_ms)]
+    await context.abort(_CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), error.message, tuple(trailing))
     raise AssertionError("abort raises")

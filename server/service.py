@@ -159,7 +159,16 @@ class Service:
 
     def _engine(self, bundle: Bundle) -> Engine:
         settings = self.settings
-        return Engine(bundle, max_rows=settings.max_rows, max_waiting=settings.max_waiting, threads=settings.threads)
+        _, height, width = bundle.manifest.sample_shape
+        engine = Engine(
+            bundle,
+            max_rows=settings.max_rows,
+            max_waiting=max(1, min(settings.max_waiting, settings.max_waiting_pixels // (height * width))),
+            threads=settings.threads,
+            ageing_s=settings.ageing_s,
+        )
+        engine.warm_up()
+        return engine
 
     @property
     def is_live(self) -> bool:

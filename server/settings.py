@@ -32,6 +32,8 @@ class Settings(BaseModel):
     repository: Path | None = None  # folder of bundles that clients may load; None: only reload what is served
     max_rows: int = Field(default=16, ge=1, le=4096)  # rows that run together, per student
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
+    max_waiting_pixels: int = Field(default=1 << 28, ge=1)  # and their pixels
+    ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
     max_images: int = Field(default=64, ge=1)  # n of one request
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     tables_folder: Path | None = None  # whose tables are served too, as they come and go; see tables

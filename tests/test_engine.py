@@ -497,7 +497,7 @@ def test_a_network_exception_fails_who_was_running_and_the_engine_goes_on(
     engine.step()
     made[0].is_broken = True
     assert engine.step()
-    assert "2 samples are lost" in caplog.text
+    assert "its 2 rows are run one by one" in caplog.text
     made[0].is_broken = False
     for future in futures[:2]:
         with pytest.raises(SampleFailed, match=r"^the step failed: out of memory$"):

@@ -28,6 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from numpy.typing import NDArray
 from PIL import Image
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from fewstep.runtime import Bundle, Engine, Request
@@ -332,6 +333,35 @@ def test_a_stream_gives_previews_and_a_final_response(where: Where, baked: Bundl
     assert np.array_equal(got[3].as_numpy("IMAGE"), right)
     assert np.array_equal(again.as_numpy("IMAGE"), right)
     assert "'nothing' is not served" in str(refused)
+
+
+def test_a_deadline_chooses_the_steps(protocol: tuple[Any, Any], baked: Bundle) -> None:
+    module, client = protocol
+    outputs = [module.InferRequestedOutput(name) for name in ("IMAGE", "STEPS")]
+    asked, bounds = inputs(module, LABEL=[4], SEED=[7]), {"deadline_ms": 60_000.0, "min_steps": 2, "max_steps": 7}
+    answer = client.infer("digits", asked, outputs=outputs, parameters=bounds)
+    assert answer.as_numpy("STEPS").tolist() == [[4]]
+    assert np.array_equal(answer.as_numpy("IMAGE"), expected(baked, Request(7, baked.tableau("ancestral", 4), 4)))
+    response = answer.get_response()
+    if module is triton_http:
+        assert response["parameters"] == {"steps": 4, "solver": "ancestral"}
+    else:
+        assert response.parameters["steps"].int64_param == 4
+    with pytest.raises(InferenceServerException, match=r"ms are not enough: 2 steps would take") as caught:
+        client.infer("digits", asked, parameters=bounds | {"deadline_ms": 0.001})
+    assert caught.value.status() == ("429" if module is triton_http else "StatusCode.RESOURCE_EXHAUSTED")
+
+
+def test_a_call_that_cannot_be_in_time_is_not_tried_again_by_grpc(where: Where) -> None:
+    with grpc.insecure_channel(where[1]) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = service_pb2.ModelInferRequest(model_name="digits")
+        request.parameters["timeout"].int64_param = 1
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(request)
+    told = dict(caught.value.trailing_metadata())
+    assert told["grpc-retry-pushback-ms"] == "-1"
+    assert int(told["retry-after-ms"]) > 0
 
 
 def test_grpc_statuses_are_those_of_the_error(where: Where) -> None:
