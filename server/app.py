@@ -21,8 +21,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from ..runtime import Engine
-from .bodies import read_body
+from .bodies import answer_nobody, read_body
 from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
+from .generation import ClientGone
 from .images import ImageRequest, ImageResponse, generate_images
 from .kserve import add_routes
 from .metrics import registry_of
@@ -45,6 +46,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="fewstep", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(ClientGone, answer_nobody)
     app.add_exception_handler(Exception, answer_crash)
     registry = registry_of(service)
 

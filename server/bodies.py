@@ -11,8 +11,12 @@ from starlette.types import Receive, Scope, Send
 from .errors import ApiError
 from .generation import ClientGone, unless_gone
 
-CLIENT_CLOSED = 499  # nobody reads it; it is for the log
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits: which wrapping
+
+
+async def answer_nobody(_: HttpRequest, __: Exception) -> Response:
+    """FastAPI's handler for `ClientGone`: nobody reads the answer, it is for the log."""
+    return Response(status_code=499)
 
 
 async def read_body(http: HttpRequest, limit: int) -> bytes:
@@ -20,13 +24,19 @@ async def read_body(http: HttpRequest, limit: int) -> bytes:
 
     Raises:
         ApiError: it is larger, or packed in a way that is not understood.
+        ClientGone: the client left before it was all there.
     """
-    body = b""
-    async for chunk in http.stream():
-        body += chunk
+    body, is_all = b"", False
+    while not is_all:
+        message = await http.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        is_all = not message.get("more_body", False)
         if len(body) > limit:
             raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-    encoding = http.headers.get("content-encoding", "identity").lower()
+    encodings = [value for name, value in http.scope["headers"] if name == b"content-encoding"]
+    encoding = encodings[-1].decode("latin-1").lower() if encodings else "identity"
     return body if encoding == "identity" else _unpacked(body, encoding, limit)
 
 

@@ -7,10 +7,13 @@ cost more CPU time than all else an image request needs of us, so that request i
 import logging
 
 from fastapi import Request as HttpRequest
+from fastapi import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .app import IMAGES, create_app
+from .bodies import answer_nobody
 from .errors import ApiError, crashed
+from .generation import ClientGone
 from .images import generate_images
 from .service import Service
 
@@ -26,10 +29,14 @@ def create_front(service: Service) -> ASGIApp:
         if scope["type"] != "http" or scope["path"] != IMAGES or scope["method"] != "POST":
             await app(scope, receive, send)
             return
+        http = HttpRequest(scope, receive)
+        response: Response
         try:
-            response = await generate_images(HttpRequest(scope, receive), service)
+            response = await generate_images(http, service)
         except ApiError as error:
             response = error.response()
+        except ClientGone as error:
+            response = await answer_nobody(http, error)
         except Exception:
             log.exception("%s: an error that was not foreseen", IMAGES)
             response = crashed().response()

@@ -96,8 +96,9 @@ async def make(service: Service, engine: Engine, requests: Sequence[Request], an
         future.add_done_callback(on_end)
     try:
         return await done
-    finally:
+    except BaseException:
         _cancel(futures)
+        raise
 
 
 def follow(

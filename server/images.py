@@ -22,9 +22,9 @@ from pydantic_core import to_json
 from ..runtime import Engine, Preview, Request, Sample
 from ..runtime.call import deadline_after, refuse_too_many, request_of, some_seed
 from ..runtime.pictures import ImageFormat, encode
-from .bodies import CLIENT_CLOSED, EventStream, read_body
+from .bodies import EventStream, read_body
 from .errors import ApiError, refusals
-from .generation import ClientGone, engine_of, evenly, follow, image_limit, make, unless_gone
+from .generation import engine_of, evenly, follow, image_limit, make, unless_gone
 from .service import Service
 
 _NAMES = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -103,6 +103,7 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
 
     Raises:
         ApiError: it cannot be answered; nothing of it was kept.
+        ClientGone: nobody waits for the answer.
     """
     arrived_s = time.perf_counter()
     asked = _parse(await read_body(http, service.settings.max_body_bytes))
@@ -116,8 +117,6 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
         body = await unless_gone(http.receive, make(service, engine, requests, answer))
     except ApiError as error:
         raise error.renamed(_NAMES) from None
-    except ClientGone:
-        return Response(status_code=CLIENT_CLOSED)
     return Response(body, media_type="application/json")
 
 

@@ -20,9 +20,9 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 
 from ..runtime import Engine, Preview, Request, Sample
-from .bodies import CLIENT_CLOSED, EventStream, packed, read_body
+from .bodies import EventStream, packed, read_body
 from .errors import ApiError
-from .generation import ClientGone, engine_of, follow, make, unless_gone
+from .generation import engine_of, follow, make, unless_gone
 from .inference import (
     DEFAULT_OUTPUTS,
     INPUTS,
@@ -56,8 +56,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
             except ApiError as error:
                 error = error.renamed(NAMES)
                 return JSONResponse({"error": error.message}, error.status, error.headers)
-            except ClientGone:
-                return Response(status_code=CLIENT_CLOSED)
 
         app.add_route(path, door, methods=[method], include_in_schema=False)
 

@@ -30,7 +30,7 @@ class _DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         gc.collect()
         gc.freeze()  # what starting made stays: no collection walks it again
-        gc.set_threshold(20_000, 20, 20)  # requests leave few cycles behind; the default looks after every few of them
+        gc.set_threshold(50_000, 20, 20)  # requests leave few cycles behind; the default looks after every few of them
         also = f", gRPC at {await self._grpc.start()}" if self._grpc else ""
         names = ", ".join(self._service.engines)
         # Only now would a connection be accepted.
