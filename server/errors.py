@@ -6,8 +6,7 @@ This is OpenAI's shape, which its clients turn into typed exceptions. A tracebac
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -69,13 +68,18 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-@contextmanager
-def refusals() -> Iterator[None]:
-    """What is refused within is an `ApiError` with status 400."""
-    try:
-        yield
-    except CallError as error:
-        raise ApiError(400, error.message, param=error.field, code=error.code) from None
+class Refusals:
+    """What is refused within ``with refusals:`` is an `ApiError` with status 400."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, CallError):
+            raise ApiError(400, error.message, param=error.field, code=error.code) from None
+
+
+refusals = Refusals()
 
 
 def crashed() -> ApiError:

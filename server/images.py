@@ -22,7 +22,7 @@ from pydantic_core import to_json
 from ..runtime import Engine, Preview, Request, Sample
 from ..runtime.call import deadline_after, refuse_too_many, request_of, some_seed
 from ..runtime.pictures import ImageFormat, encode
-from .bodies import EventStream, read_body
+from .bodies import EventStream, Json, read_body
 from .errors import ApiError, refusals
 from .generation import engine_of, evenly, follow, image_limit, make, unless_gone
 from .service import Service
@@ -117,7 +117,7 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
         body = await unless_gone(http.receive, make(service, engine, requests, answer))
     except ApiError as error:
         raise error.renamed(_NAMES) from None
-    return Response(body, media_type="application/json")
+    return Json(body)
 
 
 def _parse(body: bytes) -> ImageRequest:
@@ -144,7 +144,7 @@ def _requests(service: Service, engine: Engine, asked: ImageRequest) -> list[Req
     if asked.size not in (None, "auto", f"{width}x{height}"):
         raise ApiError(400, f"size: {manifest.name} makes {width}x{height}, got {asked.size!r}", param="size")
     seed = some_seed() if asked.seed is None else asked.seed
-    with refusals():
+    with refusals:
         refuse_too_many(asked.n, image_limit(service, engine))
         first = request_of(
             engine, seed=seed, prompt=str(asked.prompt), num_steps=asked.num_inference_steps, min_steps=asked.min_steps,

@@ -90,7 +90,7 @@ def requests_of(
     Raises:
         ApiError: something is wrong, unknown, or too much.
     """
-    with refusals():
+    with refusals:
         return call.requests_of(engine, tensors, parameters, image_limit(service, engine))
 
 
