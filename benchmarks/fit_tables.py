@@ -15,18 +15,26 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from fewstep.runtime import Bundle
+from fewstep.runtime import Bundle, Tableau
 from fewstep.runtime.prediction import Prediction
-from fewstep.runtime.schedules import Level, karras
+from fewstep.runtime.schedules import Level, Levels, karras
 from fewstep.runtime.solvers import SOLVERS
+from fewstep.training.evaluate import Judge, frechet, make_judge
 from fewstep.training.exact import Mixture
-from fewstep.training.fitting import METHODS, Method, Network, Samples, Settings, fit, fit_bundle, follow
+from fewstep.training.fitting import METHODS, Method, Network, Samples, Teacher, fit, fit_rows, follow
+from fewstep.training.fitting.bundles import levels_of, network_of
+from fewstep.training.fitting.closed_form import direction_of
 from fewstep.training.fitting.end_to_end import EndToEnd
+from fewstep.training.fitting.fit import RIDGES, rms
+from fewstep.training.fitting.torch_network import torch_network
+from fewstep.training.images import load_images
+from fewstep.training.recipe import recipe_from
 
 Array = NDArray[np.float64]
 OUT = Path(__file__).parents[1] / "docs" / "results" / "fitting.json"
@@ -42,11 +50,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8])
     parser.add_argument("--solvers", nargs="+", default=["ddim", "dpmpp_2m"])
     parser.add_argument("--methods", nargs="+", default=["dode", "rows", "end-to-end"], choices=METHODS)
+    parser.add_argument("--classifier", type=Path, help="also judge samples, by this feature network")
+    parser.add_argument("--data", type=Path, help="its images, if not where the bundle's recipe says")
+    parser.add_argument("--judged", type=int, default=500, help="samples that are judged")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--guidance", type=float, default=None)
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     start_s = time.perf_counter()
     if asked.part == "mixture":
         results = mixture(asked.seeds)
@@ -75,11 +87,6 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def mixture(seeds: int) -> dict[str, Any]:
     """All base solvers and methods on the exact 16-d mixture, against its ODE's end by 400 steps of Heun."""
-    import torch
-
-    from fewstep.training.evaluate import frechet
-
-    torch.set_num_threads(1)
     exact = Mixture.random(dimensions=16, components=5, scale=0.2, seed=0)
 
     def told(x: Array, level: Level, _: Samples) -> Array:
@@ -155,35 +162,96 @@ def mixture(seeds: int) -> dict[str, Any]:
 
 # --- bundles
 
+ARMS = ("dode local", "dode", "rows", "end-to-end")
+
+
+class Kept(Teacher):
+    """A teacher that is run once for all methods that aim at it from the same noise."""
+
+    def trajectory(self, samples: Samples) -> list[Any]:
+        """See `Teacher`."""
+        kept: dict[int, list[Any]] = self.__dict__.setdefault("kept", {})
+        if id(samples) not in kept:
+            kept[id(samples)] = super().trajectory(samples)
+        return kept[id(samples)]
+
 
 def bundle(asked: argparse.Namespace) -> dict[str, Any]:
-    """Methods and solvers on a bundle's network, by ``fewstep fit``'s own way of measuring."""
-    loaded = Bundle.load(asked.bundle)
+    """All ways to fit a bundle's network: distance to the teacher's end, and Frechet distance to the data."""
+    loaded = Bundle.load(str(asked.bundle))
+    guidance = loaded.manifest.guidance.default if asked.guidance is None else asked.guidance
+    network = network_of(loaded, guidance, 1, lambda rows: None)
+    judge = judge_of(loaded, asked) if asked.classifier else None
     rows: list[dict[str, Any]] = []
-    for solver in asked.solvers:
-        for steps in asked.steps:
-            cells: dict[str, Any] = {}
-            for method in asked.methods:
-                before, after, took = [], [], []
-                for seed in range(asked.seeds):
-                    settings = Settings(
-                        cast(Method, method), solver, steps, asked.guidance, asked.samples, asked.samples,
-                        seed=seed, iterations=asked.iterations, batch=16, learning_rate=0.05,
-                    )  # fmt: skip
+    for steps in asked.steps:
+        cells: dict[str, dict[str, list[dict[str, float]]]] = {solver: {} for solver in asked.solvers}
+        for seed in range(asked.seeds):
+            levels = levels_of(loaded, "ddim", steps)
+            samples, fresh = (samples_of(loaded, seed, k, asked.samples) for k in (False, True))
+            many = samples_of(loaded, seed, True, asked.judged)
+            aim = Kept(levels, network, "dpmpp_2m", 10)
+            wanted = aim.trajectory(fresh)[-1]
+            for solver in asked.solvers:
+                base = SOLVERS[solver](levels)
+                for arm in ("base", *ARMS):
+                    if arm == "end-to-end" and (solver != "ddim" or arm not in asked.methods):
+                        continue
                     start_s = time.process_time()
-                    made = fit_bundle(loaded, settings, threads=1)
-                    took.append(time.process_time() - start_s)
-                    before.append(made.before)
-                    after.append(made.after)
-                cells["base"] = {"rmse": spread(before)}
-                cells[method] = {"rmse": spread(after), "cpu_seconds": spread(took)}
-            rows.append({"solver": solver, "steps": steps, **cells})
-            said = "  ".join(f"{k} {v['rmse']['mean']:.4f}+-{v['rmse']['sd']:.4f}" for k, v in cells.items())
-            print(f"{solver} {steps}: {said}", flush=True)
+                    table = (
+                        base if arm == "base" else fitted(arm, loaded, base, levels, samples, aim, network, seed, asked)
+                    )
+                    cell = {"cpu_seconds": time.process_time() - start_s}
+                    cell["rmse"] = rms(follow(table, network, fresh)[-1] - wanted)
+                    if judge is not None and many.label is not None:
+                        x = torch.from_numpy(follow(table, network, many)[-1])
+                        cell["frechet"] = judge.scores(x, torch.from_numpy(many.label)).fd
+                    cells[solver].setdefault(arm, []).append(cell)
+                    said = "  ".join(f"{name} {value:.3f}" for name, value in cell.items())
+                    print(f"{solver} {steps}, seed {seed}, {arm}: {said}", flush=True)
+        for solver, arms in cells.items():
+            gathered = {
+                arm: {name: spread([cell[name] for cell in found]) for name in found[0]} for arm, found in arms.items()
+            }
+            rows.append({"solver": solver, "steps": steps, **gathered})
     return {
         "bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "samples": asked.samples, "seeds": asked.seeds,
-        "guidance": asked.guidance or loaded.manifest.guidance.default, "rows": rows,
+        "guidance": guidance, "judged": asked.judged if judge else 0,
+        "classifier_sha256": judge.sha256 if judge else "",
+        "end_to_end": f"Adam, {asked.iterations} updates of 16", "rows": rows,
     }  # fmt: skip
+
+
+def fitted(
+    arm: str, loaded: Bundle, base: Tableau, levels: Levels, samples: Samples, aim: Teacher, network: Network,
+    seed: int, asked: argparse.Namespace,
+) -> Tableau:  # fmt: skip
+    """One table; the teacher's own trajectory is not counted where another arm has made it."""
+    if arm == "base":
+        return base
+    if arm == "end-to-end":
+        torch_side = torch_network(loaded, asked.guidance or loaded.manifest.guidance.default, None, 1)
+        how = EndToEnd(torch_side, loaded.manifest.output.prediction(), asked.iterations, 16, 0.05, seed)
+        return how.fit(base, levels, samples, aim.trajectory(samples)[-1], 4).table
+    method: Method = "rows" if arm == "rows" else "dode"
+    return fit_rows(
+        base, network, samples, aim, target="local" if arm == "dode local" else "global",
+        direction=direction_of(base.name) if method == "dode" else None, history=4, ridge=RIDGES[method],
+    ).table  # fmt: skip
+
+
+def samples_of(loaded: Bundle, seed: int, is_fresh: bool, count: int) -> Samples:
+    """Noise, and every class in turn."""
+    rng = np.random.default_rng((seed, is_fresh, count))
+    noise = rng.standard_normal((count, *loaded.manifest.sample_shape)).astype(np.float32)
+    labels = loaded.manifest.labels
+    return Samples(noise, np.arange(count) % len(labels.names) if labels else None)
+
+
+def judge_of(loaded: Bundle, asked: argparse.Namespace) -> Judge:
+    """The classifier at ``--classifier``, made there if missing, and the images of the bundle's recipe."""
+    recipe = recipe_from(json.loads((loaded.path / "recipe.json").read_text("utf-8")))
+    images = load_images(recipe.data.source, asked.data or recipe.data.path, recipe.data.class_names)
+    return make_judge(images, asked.classifier, recipe.evaluation.classifier_images, 0)
 
 
 if __name__ == "__main__":
