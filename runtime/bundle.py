@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .prediction import Prediction
+from .solvers import why_no_table
 from .tableau import Tableau, TableauError
 
 MANIFEST = "bundle.json"
@@ -205,6 +206,8 @@ class Bundle:
             for name, steps_ in sorted(self.tableaus):
                 have.setdefault(name, []).append(steps_)
             listed = "; ".join(f"{name} with {', '.join(map(str, s))}" for name, s in have.items())
+            if reason := why_no_table(key[0]):
+                raise ValueError(f"{key[0]} is no table: it {reason}; {self.name} has {listed}")
             raise ValueError(f"{self.name} has no table for {key[0]} with {key[1]} steps; it has {listed}")
         return self.tableaus[key]
 

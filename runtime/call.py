@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .engine import Engine
+from .hooks import hooks_of
 from .pictures import encode
 from .request import Preview, Request, Sample
 from .tableau import Tableau
@@ -62,6 +63,8 @@ class _Parameters(BaseModel):
     max_steps: int | None = Field(default=None, ge=1)
     solver: str | None = None
     guidance: float | None = None
+    guidance_rescale: float | None = None
+    dynamic_thresholding: float | None = None
     priority: int = Field(default=0, ge=0, le=PRIORITY_LEVELS)
     timeout: int | None = Field(default=None, ge=0)  # microseconds; 0 is none
     deadline_ms: float | None = Field(default=None, gt=0)
@@ -109,6 +112,8 @@ def request_of(
     max_steps: int | None = None,
     solver: str | None = None,
     guidance: float | None = None,
+    guidance_rescale: float | None = None,
+    dynamic_thresholding: float | None = None,
     priority: int = 0,
     deadline_s: float | None = None,
 ) -> Request:
@@ -124,6 +129,8 @@ def request_of(
         max_steps: at most so many.
         solver: name of a table; the default one when left out.
         guidance: weight of the conditional output.
+        guidance_rescale: see `hooks.GuidanceRescale`.
+        dynamic_thresholding: quantile of `hooks.DynamicThreshold`.
         priority: a higher one is started first.
         deadline_s: on ``time.monotonic()``.
 
@@ -149,7 +156,8 @@ def request_of(
         except ValueError as error:
             field = "num_steps" if num_steps is not None else "solver"
             raise CallError(f"{field}: {error}", field, "no_such_table") from None
-    return Request(seed, tableau, label, guidance, priority, deadline_s, tuple(fallbacks))
+    hooks = hooks_of(dynamic_thresholding, guidance_rescale)
+    return Request(seed, tableau, label, guidance, priority, deadline_s, tuple(fallbacks), hooks=hooks)
 
 
 def _within(
@@ -222,8 +230,9 @@ def requests_of(
             request_of(
                 engine, seed=own % 2**64 if own >= 0 else own, prompt=None if prompt is None else str(prompt),
                 label=label, num_steps=steps, min_steps=asked.min_steps, max_steps=asked.max_steps,
-                solver=said("SOLVER", i) or None, guidance=said("GUIDANCE", i), priority=priority,
-                deadline_s=deadline_s,
+                solver=said("SOLVER", i) or None, guidance=said("GUIDANCE", i),
+                guidance_rescale=asked.guidance_rescale, dynamic_thresholding=asked.dynamic_thresholding,
+                priority=priority, deadline_s=deadline_s,
             )
         )  # fmt: skip
     return requests, asked.preview_every

@@ -24,6 +24,7 @@ from ..kernels import pack_rows
 from ..kernels.fused_step import Array
 from .backends import Backend, OnnxBackend
 from .bundle import Bundle, BundleError
+from .hooks import Output
 from .pace import Pace, ticks_to_end, ticks_to_start
 from .request import (
     DeadlineExpired,
@@ -335,6 +336,7 @@ class Engine:
             self._one_by_one(rows)
             outputs = 0
         else:
+            self._correct(rows, raw)
             self._show(rows, raw)
             self._update(slice(0, rows), raw)
             outputs = len(raw)
@@ -360,6 +362,7 @@ class Engine:
             except Exception as error:
                 lost[id(slots.tickets[0])] = error
             else:
+                self._correct(1, raw)
                 self._show(1, raw)
                 self._update(slice(0, 1), raw)
             if behind is not None:
@@ -433,29 +436,44 @@ class Engine:
         slots.table_row[part] += 1
         slots.left[part] -= 1
 
+    def _output(self, i: int, raw: Array) -> Output:
+        """What the network said of row ``i``, on the host; before the update, which moves ``x`` on."""
+        slots, tableau = self._slots, self._slots.tickets[i].request.tableau
+        step = tableau.num_steps - int(slots.left[i])
+        conditional = guided = self._device.fetch(raw[i]).astype(np.float32, copy=False)
+        if self._uncond[i] >= 0:
+            uncond = self._device.fetch(raw[self._uncond[i]]).astype(np.float32, copy=False)
+            guided = uncond + slots.guidance[i] * (conditional - uncond)
+        try:
+            prediction = self.bundle.manifest.output.prediction()
+            to_x0 = prediction.to_form("x0", float(tableau.alpha[step]), float(tableau.sigma[step]))
+        except ValueError:  # at pure noise some networks know nothing of the data yet
+            to_x0 = None
+        return Output(guided, conditional, self._device.fetch(slots.x[i]), to_x0)
+
+    def _correct(self, rows: int, raw: Array) -> None:
+        """Let the hooks of those who have any change what the network said, guidance included."""
+        for i, ticket in enumerate(self._slots.tickets[:rows]):
+            if ticket.request.hooks:
+                output = self._output(i, raw)
+                for hook in ticket.request.hooks:
+                    output = hook(output)
+                self._device.put(raw[i], output.raw)
+                self._uncond[i] = -1  # it is guided already
+
     def _show(self, rows: int, raw: Array) -> None:
-        """Give previews to those who asked for them; before the update, which moves ``x`` on."""
+        """Give previews to those who asked for them."""
         slots = self._slots
-        prediction = self.bundle.manifest.output.prediction()
         for i, ticket in enumerate(slots.tickets[:rows]):
-            if ticket.on_preview is None:
+            if ticket.on_preview is None or slots.left[i] == 1:  # what comes next is the sample itself
                 continue
-            tableau = ticket.request.tableau
-            step = tableau.num_steps - int(slots.left[i])
-            if step == tableau.num_steps - 1:  # what comes next is the sample itself
+            pixels, num_steps = self._output(i, raw).x0, ticket.request.tableau.num_steps
+            if pixels is None:
                 continue
-            try:
-                k_x, k_m = prediction.to_form("x0", float(tableau.alpha[step]), float(tableau.sigma[step]))
-            except ValueError:  # at pure noise some networks know nothing of the data yet
-                continue
-            output = self._device.fetch(raw[i])
-            if self._uncond[i] >= 0:
-                uncond = self._device.fetch(raw[self._uncond[i]])
-                output = uncond + slots.guidance[i] * (output - uncond)
-            pixels = np.float32(k_x) * self._device.fetch(slots.x[i]) + np.float32(k_m) * output
             try:
                 shape = self.bundle.manifest.sample_shape
-                ticket.on_preview(Preview(pixels.astype(np.float32).reshape(shape), step + 1, tableau.num_steps))
+                preview = Preview(pixels.reshape(shape), num_steps - int(slots.left[i]) + 1, num_steps)
+                ticket.on_preview(preview)
             except Exception:
                 log.exception("%s: a preview was not taken; its request gets no more", self.bundle.name)
                 ticket.on_preview = None
@@ -573,6 +591,9 @@ class Engine:
             if guidance.minimum == guidance.maximum:
                 allowed = f"{guidance.default:g} only: its guidance is fixed"
             raise ValueError(f"guidance: {scale:g}, {name} takes {allowed}")
+        for hook in request.hooks:
+            if reason := hook.refusal(self.bundle.manifest):
+                raise ValueError(reason)
         for tableau in (request.tableau, *request.fallbacks):
             if tableau.sha256 not in self._rows_of:
                 self.bundle.refuse_misfit(tableau)

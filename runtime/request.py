@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .hooks import Hook
 from .tableau import Tableau
 
 
@@ -27,6 +28,7 @@ class Request:
     fallbacks: tuple[Tableau, ...] = ()  # what admission may take instead to meet the deadline, the best first
     caller: str = ""  # who asks; callers of one priority share alike
     weight: float = 1.0  # the caller's share
+    hooks: tuple[Hook, ...] = ()  # changes of what the network says, in this order; see `hooks`
 
 
 @dataclass(frozen=True, slots=True)

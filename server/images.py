@@ -51,6 +51,8 @@ class ImageRequest(BaseModel):
     max_steps: int | None = Field(default=None, ge=1, description="With deadline_ms: at most so many calls.")
     solver: str | None = Field(default=None, description="Name of one of the student's tables.")
     guidance_scale: float | None = Field(default=None, description="1 is no guidance.")
+    guidance_rescale: float | None = Field(default=None, description="Share, 0 to 1, for two-call guidance.")
+    dynamic_thresholding: float | None = Field(default=None, description="A quantile, such as 0.995.")
     priority: int = Field(default=0, ge=-100, le=100, description="A higher one is started first.")
     deadline_ms: float | None = Field(default=None, gt=0, description="Give up after so many milliseconds.")
     stream: bool | None = Field(default=None, description="Answer in events: partial images, then the images.")
@@ -148,8 +150,9 @@ def _requests(service: Service, engine: Engine, asked: ImageRequest) -> list[Req
         refuse_too_many(asked.n, image_limit(service, engine))
         first = request_of(
             engine, seed=seed, prompt=str(asked.prompt), num_steps=asked.num_inference_steps, min_steps=asked.min_steps,
-            max_steps=asked.max_steps, solver=asked.solver, guidance=asked.guidance_scale, priority=asked.priority,
-            deadline_s=deadline_after(asked.deadline_ms),
+            max_steps=asked.max_steps, solver=asked.solver, guidance=asked.guidance_scale,
+            guidance_rescale=asked.guidance_rescale, dynamic_thresholding=asked.dynamic_thresholding,
+            priority=asked.priority, deadline_s=deadline_after(asked.deadline_ms),
         )  # fmt: skip
     return [first, *(replace(first, seed=(seed + i) % 2**64) for i in range(1, asked.n))]
 

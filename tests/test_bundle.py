@@ -98,6 +98,8 @@ def test_a_table_there_is_not_is_refused_with_those_there_are(make_bundle: Calla
         bundle.tableau("euler")
     with pytest.raises(ValueError, match=f"^digits has no table for heun with 4 steps; it has {listed}$"):
         bundle.tableau("heun", 4)
+    with pytest.raises(ValueError, match=f"^DPM-adaptive is no table: it chooses its steps .*; digits has {listed}$"):
+        Bundle.load(make_bundle()).tableau("DPM-adaptive", 4)
 
 
 @pytest.mark.parametrize(("text", "label"), [("digit 3", 3), (" DIGIT 3 ", 3), ("3", 3), ("0", 0), ("9", 9)])

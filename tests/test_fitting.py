@@ -196,6 +196,7 @@ def test_rows_that_miss_their_levels_say_by_how_much() -> None:
     [
         ({"solver": "ancestral"}, "adds noise"),
         ({"solver": "nothing"}, "there is no nothing"),
+        ({"solver": "RK45"}, "solver: RK45 is no table: it chooses its steps by the error it sees on each sample"),
         ({"teacher": "ancestral"}, "no deterministic solver"),
         ({"teacher": "heun"}, "one call a level"),
         ({"method": "end-to-end"}, "in torch"),

@@ -58,8 +58,33 @@ SOLVERS: dict[str, Callable[[Levels], Tableau]] = {
     "unipc_3": partial(unipc, order=3),
 }
 
+_ADAPTS = (
+    "chooses its steps by the error it sees on each sample, so nobody knows beforehand how many there will be or at "
+    "which levels, and a table's rows are fixed; run it once elsewhere and make a table on the levels it accepted"
+)
+_GOES_BACK = (
+    "adds noise inside a step and goes back to before it, so a second latent would have to be kept; dpmpp_2m_sde and "
+    "sa_solver add noise and need none"
+)
+_ITERATES = "repeats a step until it converges, and a table's rows are fixed; name a solver with that many rows"
+
+# Samplers that people ask for and that no table can be, with the reason.
+WITHOUT_TABLE: dict[str, str] = {
+    **dict.fromkeys(("dpm_adaptive", "dpm_solver_adaptive", "rk45", "rk23", "dopri5", "bosh3", "ode45"), _ADAPTS),
+    **dict.fromkeys(("dpmpp_sde", "seeds_2", "seeds_3"), _GOES_BACK),
+    **dict.fromkeys(("paradigms", "picard", "parataa"), _ITERATES),
+}
+
+
+def why_no_table(name: str) -> str | None:
+    """Why a sampler of that name cannot be had, if it is one of those that no table can be."""
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_").replace("++", "pp")
+    return WITHOUT_TABLE.get(plain)
+
+
 __all__ = [
     "SOLVERS",
+    "WITHOUT_TABLE",
     "ancestral",
     "consistency",
     "ddim",
@@ -84,4 +109,5 @@ __all__ = [
     "sa_solver",
     "tcd",
     "unipc",
+    "why_no_table",
 ]

@@ -33,7 +33,7 @@ from ...runtime.schedules import (
 from ...runtime.solvers import SOLVERS
 from ...runtime.tableau import Tableau
 from .closed_form import Direction
-from .fit import Fit, Method, fit
+from .fit import Fit, Method, fit, refuse_unknown
 from .targets import RHO, Array, FitError, Network, Samples, Target
 
 ROWS = 32  # of one network call
@@ -141,8 +141,7 @@ def levels_of(bundle: Bundle, solver: str, num_steps: int, sigma_range: tuple[fl
     Raises:
         FitError: the solver makes no table with so many rows.
     """
-    if solver not in SOLVERS:
-        raise FitError(f"solver: there is no {solver}; there are {', '.join(SOLVERS)}")
+    refuse_unknown(solver)
     schedule = schedule_of(bundle)
     found, reason = set[int](), ""
     for count in range(num_steps + 1, 0, -1):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ...runtime.schedules import Levels
-from ...runtime.solvers import SOLVERS
+from ...runtime.solvers import SOLVERS, why_no_table
 from ...runtime.tableau import Tableau
 from .closed_form import Direction, Fitted, direction_of, fit_rows
 from .targets import Array, FitError, Network, Samples, Target, Teacher, follow
@@ -100,12 +100,23 @@ def fit(
 
 def table_of(solver: str, levels: Levels) -> Tableau:
     """A solver's table, by the solver's name."""
-    if solver not in SOLVERS:
-        raise FitError(f"solver: there is no {solver}; there are {', '.join(SOLVERS)}")
+    refuse_unknown(solver)
     try:
         return SOLVERS[solver](levels)
     except ValueError as error:
         raise FitError(str(error)) from None
+
+
+def refuse_unknown(solver: str) -> None:
+    """Check a solver's name; what cannot be a table is told why.
+
+    Raises:
+        FitError: there is no such solver.
+    """
+    if reason := why_no_table(solver):
+        raise FitError(f"solver: {solver} is no table: it {reason}")
+    if solver not in SOLVERS:
+        raise FitError(f"solver: there is no {solver}; there are {', '.join(SOLVERS)}")
 
 
 def rms(x: Array) -> float:
