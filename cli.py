@@ -1,8 +1,9 @@
-"""The command line: ``fewstep serve | generate | inspect | train | fit | table | export | demo``.
+"""The command line: ``fewstep serve | key | generate | inspect | train | fit | table | export | demo``.
 
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +43,17 @@ def serve(
     tables_folder: Annotated[
         Path | None, typer.Option(help="Folder whose tables are served too, as they come.")
     ] = None,
+    api_keys_file: Annotated[Path | None, typer.Option(help="TOML file of API keys; see `fewstep key`.")] = None,
+    tls_certfile: Annotated[Path | None, typer.Option(help="PEM certificate: serve HTTPS and gRPC over TLS.")] = None,
+    tls_keyfile: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     access_log: Annotated[bool | None, typer.Option("--access-log", help="Log each request.")] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the settings, and do not serve.")] = False,
 ) -> None:
-    """Serve students over HTTP.
+    """Serve students over HTTP and gRPC.
+
+    Every setting can also stand in the TOML file, or in the environment as FEWSTEP_ and its name in capitals.
 
     Then, from anywhere:
 
@@ -56,9 +65,30 @@ def serve(
     flags = {
         "bundles": bundles or None, "host": host, "port": port, "max_rows": max_rows, "max_waiting": max_waiting,
         "grpc": grpc, "grpc_port": grpc_port, "repository": repository,
-        "threads": threads, "tables_folder": tables_folder, "access_log": access_log,
+        "threads": threads, "tables_folder": tables_folder, "access_log": access_log, "log_format": log_format,
+        "log_level": log_level, "api_keys_file": api_keys_file, "tls_certfile": tls_certfile,
+        "tls_keyfile": tls_keyfile,
     }  # fmt: skip
-    run(Settings.load(config, flags))
+    settings = Settings.load(config, flags, os.environ)
+    if print_config:
+        print(settings.to_toml(), end="")
+    else:
+        run(settings)
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Who will call with it.")],
+    admin: Annotated[bool, typer.Option("--admin", help="May load and unload students and tables.")] = False,
+) -> None:
+    """Make an API key: the key for the caller, and its hash for the server's settings."""
+    import json
+
+    from .server.keys import hashed, new_key
+
+    secret = new_key()
+    print(f"# For {name}, once; nobody can read it from the settings: {secret}", file=sys.stderr)
+    print(f"[api_keys.{json.dumps(name)}]\nsha256 = {json.dumps(hashed(secret))}" + ("\nadmin = true" if admin else ""))
 
 
 @app.command()

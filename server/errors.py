@@ -48,6 +48,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """What HTTP clients are told beside the body."""
         headers = {"x-should-retry": "false"} if self.is_final else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         if self.retry_after_s is None:
             return headers
         return {
@@ -56,9 +58,9 @@ class ApiError(Exception):
             "retry-after-ms": str(math.ceil(self.retry_after_s * 1000)),
         }
 
-    def response(self) -> JSONResponse:
-        """The HTTP response in OpenAI's shape."""
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self, is_plain: bool = False) -> JSONResponse:
+        """The HTTP response, in OpenAI's shape or, ``is_plain``, in that of the Open Inference Protocol."""
+        return JSONResponse({"error": self.message} if is_plain else self.body(), self.status, self.headers)
 
     def body(self) -> dict[str, Any]:
         """OpenAI's shape."""
@@ -100,7 +102,8 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
         404: f"there is nothing at {request.url.path}",
         405: f"{request.method} is not allowed at {request.url.path}",
     }
-    return ApiError(status, messages.get(status, "the request failed")).response()
+    is_plain = request.url.path.startswith("/v2")
+    return ApiError(status, messages.get(status, "the request failed")).response(is_plain)
 
 
 async def answer_crash(_: Request, __: Exception) -> JSONResponse:

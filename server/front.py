@@ -8,14 +8,19 @@ import logging
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .app import IMAGES, create_app
 from .bodies import answer_nobody
 from .errors import ApiError, crashed
+from .gate import HttpGate
 from .generation import ClientGone
 from .images import generate_images
 from .service import Service
+
+# what scripts of other pages may read
+EXPOSED_HEADERS = ["x-request-id", "retry-after", "retry-after-ms", "x-should-retry", "inference-header-content-length"]
 
 log = logging.getLogger("fewstep")
 
@@ -42,4 +47,10 @@ def create_front(service: Service) -> ASGIApp:
             response = crashed().response()
         await response(scope, receive, send)
 
-    return front
+    gate = HttpGate(front, service)
+    origins = list(service.settings.cors_origins)
+    if not origins:
+        return gate
+    return CORSMiddleware(
+        gate, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+    )

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TypeVar
@@ -31,6 +32,7 @@ from ..runtime import (
     SampleFailed,
 )
 from .errors import ApiError
+from .keys import ANYBODY, CALLER
 from .service import Service
 
 T = TypeVar("T")
@@ -203,8 +205,15 @@ def _submit(
 ) -> list[Future[Sample]]:
     if service.is_draining:
         raise draining()
+    caller = CALLER.get()
+    if caller is not ANYBODY:
+        caller.spend(len(requests))
+        requests = [replace(request, caller=caller.name, weight=caller.weight) for request in requests]
+    is_accepted = False
     try:
-        return engine.submit(requests, on_preview)
+        futures = engine.submit(requests, on_preview)
+        is_accepted = True
+        return futures
     except QueueFull as error:
         raise ApiError(429, str(error), code="queue_full", retry_after_s=error.retry_after_s) from None
     except DeadlineInfeasible as error:
@@ -216,6 +225,9 @@ def _submit(
         raise draining() from None
     except ValueError as error:
         raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
+    finally:
+        if not is_accepted:
+            caller.refund(len(requests))
 
 
 def _end_of(error: BaseException) -> BaseException:

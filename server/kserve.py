@@ -54,8 +54,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             try:
                 return await answer(http)
             except ApiError as error:
-                error = error.renamed(NAMES)
-                return JSONResponse({"error": error.message}, error.status, error.headers)
+                return error.renamed(NAMES).response(is_plain=True)
 
         app.add_route(path, door, methods=[method], include_in_schema=False)
 

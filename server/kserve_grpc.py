@@ -6,6 +6,7 @@ written. A call that is cancelled cancels its images within one step.
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from ..runtime import Engine, Preview, Sample
 from .errors import ApiError
+from .gate import caller_of_call, log_access, request_id
 from .generation import engine_of, follow, make
 from .inference import (
     DEFAULT_OUTPUTS,
@@ -36,13 +38,15 @@ from .inference import (
     tensor_of,
     to_bytes,
 )
+from .keys import ANYBODY, CALLER
 from .service import Service
 
 _SERVICE = "inference.GRPCInferenceService"
 _CODES = {
-    400: grpc.StatusCode.INVALID_ARGUMENT, 403: grpc.StatusCode.PERMISSION_DENIED, 404: grpc.StatusCode.NOT_FOUND,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED, 500: grpc.StatusCode.INTERNAL, 501: grpc.StatusCode.UNIMPLEMENTED,
-    503: grpc.StatusCode.UNAVAILABLE, 504: grpc.StatusCode.DEADLINE_EXCEEDED,
+    400: grpc.StatusCode.INVALID_ARGUMENT, 401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED, 404: grpc.StatusCode.NOT_FOUND, 429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL, 501: grpc.StatusCode.UNIMPLEMENTED, 503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }  # fmt: skip
 
 
@@ -64,7 +68,7 @@ class GrpcServer:
         """Listen; gives the address."""
         options = [("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)]
         options.append(("grpc.max_receive_message_length", self._service.settings.max_body_bytes))
-        self._server = grpc.aio.server(options=options)
+        self._server = grpc.aio.server(interceptors=[_Gate(self._service)], options=options)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(self._service), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
@@ -72,7 +76,12 @@ class GrpcServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         host = self._service.settings.host
         address = f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
-        self._server.add_insecure_port(address)
+        settings = self._service.settings
+        if settings.tls_certfile and settings.tls_keyfile:
+            pair = settings.tls_keyfile.read_bytes(), settings.tls_certfile.read_bytes()
+            self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        else:
+            self._server.add_insecure_port(address)
         await self._server.start()
         return address
 
@@ -80,6 +89,62 @@ class GrpcServer:
         """Answer what was accepted, for so long, then leave."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(timeout_s)
+
+
+class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are untyped
+    """What `HttpGate` is to HTTP; both keep to the rules in `gate`."""
+
+    def __init__(self, service: Service) -> None:
+        self._keys = service.keys
+        self._is_logging = service.settings.access_log
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """The handler of a call; a call that is refused gets one that says so."""
+        start_s = time.perf_counter()
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        metadata = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
+        name = request_id(metadata.get("x-request-id", ""))
+        refusal: ApiError | None = None
+        caller = ANYBODY
+        try:
+            caller = caller_of_call(self._keys, details.method, metadata)
+            CALLER.set(caller)
+        except ApiError as error:
+            refusal = error
+
+        def over(context: Any) -> None:
+            if self._is_logging:
+                log_access(details.method, str(context.code() or grpc.StatusCode.OK), start_s, name, caller)
+
+        async def unary(request: Any, context: Any) -> Any:
+            try:
+                context.set_trailing_metadata((("x-request-id", name),))
+                if refusal:
+                    await _abort(context, refusal)
+                return await handler.unary_unary(request, context)
+            finally:
+                over(context)
+
+        async def stream(requests: Any, context: Any) -> AsyncGenerator[Any]:
+            try:
+                context.set_trailing_metadata((("x-request-id", name),))
+                if refusal:
+                    await _abort(context, refusal)
+                async for response in handler.stream_stream(requests, context):
+                    yield response
+            finally:
+                over(context)
+
+        coding = {
+            "request_deserializer": handler.request_deserializer, "response_serializer": handler.response_serializer
+        }  # fmt: skip
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(unary, **coding)
+        if handler.stream_stream and not refusal and details.method.startswith("/grpc.reflection"):
+            return handler
+        return grpc.stream_stream_rpc_method_handler(stream, **coding) if handler.stream_stream else handler
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the stubs are untyped
@@ -271,10 +336,10 @@ def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 async def _abort(context: Any, error: ApiError) -> NoReturn:
     error = error.renamed(NAMES)
-    trailing: list[tuple[str, str]] = []
+    trailing = list(context.trailing_metadata() or ())
     if error.retry_after_s is not None:
         wait_ms = str(math.ceil(error.retry_after_s * 1000))
         # The first is for whoever asks, the second for gRPC's own retries: a negative number ends them.
-        trailing = [("retry-after-ms", wait_ms), ("grpc-retry-pushback-ms", "-1" if error.is_final else wait_ms)]
+        trailing += [("retry-after-ms", wait_ms), ("grpc-retry-pushback-ms", "-1" if error.is_final else wait_ms)]
     await context.abort(_CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), error.message, tuple(trailing))
     raise AssertionError("abort raises")

@@ -16,6 +16,7 @@ from ..runtime import Bundle, BundleError, Engine, EngineThread, TableauError
 from ..runtime.bundle import MANIFEST
 from .encoders import Encoders
 from .errors import ApiError
+from .keys import Keys
 from .settings import Settings, SettingsError
 from .tables import TablesFolder
 
@@ -35,6 +36,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.keys = Keys(settings.api_keys)
         self.engines: dict[str, Engine] = {}
         self._sources: dict[str, str] = {}  # where each student, served or unloaded, was loaded from
         self._loading = asyncio.Lock()

@@ -1,18 +1,27 @@
-"""Settings: one frozen object, built once at the door from a TOML file and the command line.
+"""Settings: one frozen object, built once at the door from a TOML file, the environment and the command line.
 
-The file holds the fields below by their names; the command line wins over the file. Nothing is read from
-anywhere else afterwards.
+The file holds the fields below by their names. ``FEWSTEP_`` and a name in capitals is the same in the environment,
+which wins over the file, and the command line wins over both. Nothing is read from anywhere else afterwards.
+``fewstep serve --print-config`` shows what came of it.
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..runtime import DEFAULT_BUNDLE
+from .keys import ApiKey, hashed
+from .logs import LogFormat
+
+PREFIX = "FEWSTEP_"
+SECRETS = {"API_KEY": False, "ADMIN_KEY": True}  # keys themselves, in the environment only; whether for an admin
+_LISTS = ("bundles", "cors_origins")  # in the environment: with commas between
+_TABLES = ("api_keys",)  # in the environment: as JSON
 
 
 class SettingsError(ValueError):
@@ -30,41 +39,137 @@ class Settings(BaseModel):
     grpc: bool = True
     grpc_port: int | None = Field(default=None, ge=0, le=65535)  # None: the next one after port; 0: any free port
     repository: Path | None = None  # folder of bundles that clients may load; None: only reload what is served
-    max_rows: int = Field(default=16, ge=1, le=4096)  # rows that run together, per student
-    max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
-    max_waiting_pixels: int = Field(default=1 << 28, ge=1)  # and their pixels
-    ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
-    max_images: int = Field(default=64, ge=1)  # n of one request
-    max_body_bytes: int = Field(default=1 << 20, ge=1024)
     tables_folder: Path | None = None  # whose tables are served too, as they come and go; see tables
+    # Work
+    max_rows: int = Field(default=16, ge=1, le=4096)  # rows that run together, per student
     threads: int | None = Field(default=None, ge=1)  # CPU threads of one network call; None: all cores
     encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
+    # Limits
+    max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
+    max_waiting_pixels: int = Field(default=1 << 28, ge=1)  # and their pixels
+    max_images: int = Field(default=64, ge=1)  # n of one request
+    max_body_bytes: int = Field(default=1 << 20, ge=1024)
+    ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
     drain_timeout_s: float = Field(default=30.0, gt=0)  # for accepted requests, after SIGTERM
+    # Who may call
+    api_keys: dict[str, ApiKey] = {}  # by the caller's name; none: everybody
+    api_keys_file: Path | None = None  # more of them: a TOML file with api_keys
+    cors_origins: tuple[str, ...] = ()  # pages of these may call from a browser; "*" for all
+    tls_certfile: Path | None = None  # PEM, with the chain; for HTTP and gRPC
+    tls_keyfile: Path | None = None  # PEM
+    # Logs
+    log_format: LogFormat = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
     access_log: bool = False
 
+    @model_validator(mode="after")
+    def _tls_is_both(self) -> "Settings":
+        if (self.tls_certfile is None) != (self.tls_keyfile is None):
+            raise ValueError("tls_certfile and tls_keyfile belong together: give both or neither")
+        return self
+
     @classmethod
-    def load(cls, file: Path | None, flags: Mapping[str, Any]) -> "Settings":
-        """Settings from a TOML file, if any, and the flags that were given (those that are not None).
+    def load(
+        cls, file: Path | None, flags: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    ) -> "Settings":
+        """Settings from a TOML file, the environment, and the flags that were given (those that are not None).
+
+        Args:
+            file: if any; else what ``FEWSTEP_CONFIG`` names.
+            flags: by field.
+            environment: such as ``os.environ``; none when left out.
 
         Raises:
-            SettingsError: the file cannot be read, or a value is not allowed.
+            SettingsError: a file cannot be read, or a value is not allowed.
         """
-        values: dict[str, Any] = {}
-        if file is not None:
-            try:
-                values = tomllib.loads(file.read_text("utf-8"))
-            except OSError as error:
-                raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise SettingsError(f"{file}: is not TOML: {error}") from None
+        said = {
+            name.removeprefix(PREFIX): value
+            for name, value in (environment or {}).items()
+            if name.startswith(PREFIX) and value
+        }
+        config = said.pop("CONFIG", None)
+        if file is None and config is not None:
+            file = Path(config)
+        values: dict[str, Any] = {} if file is None else _read(file)
+        values |= _from_environment({name: value for name, value in said.items() if name not in SECRETS})
         values |= {name: value for name, value in flags.items() if value is not None}
+        keys = dict(values.get("api_keys", {}))
+        if values.get("api_keys_file"):
+            more = Path(values["api_keys_file"])
+            found = _read(more)
+            if list(found) not in ([], ["api_keys"]):
+                raise SettingsError(f"{more}: holds {', '.join(found)}; only [api_keys.NAME] is read from it")
+            keys |= found.get("api_keys", {})
+        for name, is_admin in SECRETS.items():
+            if name in said:
+                keys[name.lower()] = {"sha256": hashed(said[name]), "admin": is_admin}
+        if keys:
+            values["api_keys"] = keys
+        return cls._checked(values)
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> "Settings":
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             if first["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(name, cls.model_fields, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(cls.model_fields)}"
+                fields = ApiKey.model_fields if name.startswith("api_keys.") else cls.model_fields
+                near = difflib.get_close_matches(name.rpartition(".")[2], fields, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(fields)}"
                 raise SettingsError(f"{name} is not a setting{hint}") from None
-            raise SettingsError(f"{name} = {first['input']!r}: {first['msg']}") from None
+            if not name:
+                raise SettingsError(first["msg"].removeprefix("Value error, ")) from None
+            given = "..." if name.startswith("api_keys") else repr(first["input"])
+            raise SettingsError(f"{name} = {given}: {first['msg']}") from None
+
+    def to_toml(self) -> str:
+        """The settings as a file that gives them again; keys are there as hashes only."""
+        lines, tables = [], []
+        for name, value in self.model_dump(mode="json", exclude={"api_keys_file"}).items():
+            if value is None:
+                lines.append(f"# {name} is not set")
+            elif isinstance(value, dict):
+                for key, item in value.items():
+                    entries = item.items() if isinstance(item, dict) else ()
+                    tables.append(f"\n[{name}.{json.dumps(key)}]")
+                    tables += [f"{field} = {_toml(entry)}" for field, entry in entries if entry is not None]
+            else:
+                lines.append(f"{name} = {_toml(value)}")
+        return "\n".join([*lines, *tables]) + "\n"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: is not TOML: {error}") from None
+
+
+def _from_environment(said: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in said.items():
+        name = variable.lower()
+        if name not in Settings.model_fields:
+            near = difflib.get_close_matches(name, [*Settings.model_fields, *map(str.lower, SECRETS), "config"], n=1)
+            hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
+            raise SettingsError(f"{PREFIX}{variable} is not a setting{hint}")
+        if name in _LISTS:
+            values[name] = tuple(part.strip() for part in text.split(","))
+        elif name in _TABLES:
+            try:
+                values[name] = json.loads(text)
+            except ValueError:
+                raise SettingsError(f"{PREFIX}{variable}: must be JSON") from None
+        else:
+            values[name] = text
+    return values
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value)

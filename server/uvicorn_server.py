@@ -6,12 +6,14 @@ On SIGTERM or SIGINT the server stops being ready, refuses new work, answers wha
 import gc
 import signal
 import socket
+import ssl
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from .front import create_front
+from .logs import set_up_logs
 from .service import Service
 from .settings import Settings, SettingsError
 
@@ -54,13 +56,18 @@ def serve(settings: Settings) -> None:
         SettingsError: the address cannot be listened on.
     """
     signal.signal(signal.SIGTERM, _leave)  # uvicorn hands the signal back to it when all is answered
+    set_up_logs(settings.log_format, settings.log_level, settings.access_log)
+    _refuse_bad_tls(settings)
     service = Service(settings)
     config = uvicorn.Config(
         create_front(service),
         host=settings.host,
         port=settings.port,
-        access_log=settings.access_log,
-        log_level="info" if settings.access_log else "warning",
+        access_log=False,  # the gate writes it
+        log_config=None,
+        log_level="debug" if settings.log_level == "debug" else "warning",
+        ssl_certfile=settings.tls_certfile,
+        ssl_keyfile=settings.tls_keyfile,
         timeout_graceful_shutdown=int(settings.drain_timeout_s) or 1,
         server_header=False,
         proxy_headers=False,
@@ -76,7 +83,8 @@ def serve(settings: Settings) -> None:
         with _bound(settings.host, wanted, " for gRPC; choose another grpc_port, or --no-grpc") as trial:
             grpc_port = trial.getsockname()[1]  # gRPC takes no socket of ours, and tells less when it fails
         grpc = GrpcServer(service, grpc_port)
-    _DrainingServer(config, service, f"http://{host}:{port}", grpc).run(sockets=[listener])
+    scheme = "https" if settings.tls_certfile else "http"
+    _DrainingServer(config, service, f"{scheme}://{host}:{port}", grpc).run(sockets=[listener])
 
 
 def _bound(host: str, port: int, hint: str = "") -> socket.socket:
@@ -88,6 +96,18 @@ def _bound(host: str, port: int, hint: str = "") -> socket.socket:
         listener.close()
         raise SettingsError(f"{host}:{port} cannot be listened on{hint}: {error.strerror}") from None
     return listener
+
+
+def _refuse_bad_tls(settings: Settings) -> None:
+    if settings.tls_certfile is None:
+        return
+    for name, file in (("tls_certfile", settings.tls_certfile), ("tls_keyfile", settings.tls_keyfile)):
+        if file is None or not file.is_file():
+            raise SettingsError(f"{name}: there is no file {file}")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certfile, settings.tls_keyfile)
+    except (ssl.SSLError, OSError) as error:
+        raise SettingsError(f"tls_certfile, tls_keyfile: cannot be used together: {error}") from None
 
 
 def _leave(*_: object) -> None:

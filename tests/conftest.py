@@ -131,7 +131,7 @@ def _serving(*arguments: str | Path) -> Iterator[tuple["subprocess.Popen[str]", 
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.search(r" at http://([\d.]+):(\d+) ", line)
+        found = re.search(r" at https?://([\d.]+):(\d+) ", line)
         assert found, process.stderr.read() if process.stderr else line
         yield process, (found[1], int(found[2]))
     finally:

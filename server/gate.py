@@ -1,0 +1,114 @@
+"""The gate: what every request passes before a door, whichever protocol it speaks.
+
+It finds out who calls, gives the request an id, and writes a line about it when it is over. `HttpGate` stands before
+the application and an interceptor before the gRPC service; what is open to whom is said here for both.
+
+    open       the page, the documentation, health
+    admin      loading and unloading of students and tables, and whatever is not listed
+    any key    all the rest
+"""
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from itertools import count
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+from .keys import ANYBODY, CALLER, Caller, Keys
+from .service import Service
+
+access = logging.getLogger("fewstep.access")
+
+_OPEN = re.compile(r"/|/docs|/openapi\.json|/v2/health/(live|ready)")
+_FOR_ALL = re.compile(
+    r"/v1/images/generations|/v1/jobs(/[^/]+(/cancel)?)?|/v2/repository/index"
+    r"|/v2/models/[^/]+(/versions/[^/]+)?/(infer|generate|generate_stream)"
+)
+_READING = ("GET", "HEAD", "OPTIONS")
+_OPEN_CALLS = re.compile(r"/grpc\.health\.v1\.Health/.*|/inference\.GRPCInferenceService/Server(Live|Ready)")
+_ADMIN_CALLS = re.compile(r"/inference\.GRPCInferenceService/RepositoryModel(Load|Unload)")
+_GIVEN_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+_PREFIX = secrets.token_hex(5)
+_numbers = count(1)
+
+
+def request_id(given: str) -> str:
+    """The id that the client gave, if it can be one; else a new one."""
+    return given if _GIVEN_ID.fullmatch(given) else f"{_PREFIX}-{next(_numbers)}"
+
+
+class HttpGate:
+    """In front of the application.
+
+    Args:
+        app: what answers.
+        service: for its keys and settings.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._keys = app, service.keys
+        self._is_logging = service.settings.access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start_s = time.perf_counter()
+        given = b""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id":
+                given = value
+        name = request_id(given.decode("latin-1"))
+        header = (b"x-request-id", name.encode("latin-1"))
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], header]}
+            await send(message)
+
+        caller = ANYBODY
+        try:
+            if self._keys:
+                caller = _caller(self._keys, scope)
+                CALLER.set(caller)
+            await self._app(scope, receive, answer)
+        except ApiError as error:
+            await error.response(is_plain=scope["path"].startswith("/v2"))(scope, receive, answer)
+        finally:
+            if self._is_logging:
+                log_access(f"{scope['method']} {scope['path']}", status, start_s, name, caller)
+
+
+def _caller(keys: Keys, scope: Scope) -> Caller:
+    path, is_reading = scope["path"], scope["method"] in _READING
+    if is_reading and _OPEN.fullmatch(path):
+        return ANYBODY
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    return keys.caller(headers, needs_admin=not is_reading and not _FOR_ALL.fullmatch(path))
+
+
+def caller_of_call(keys: Keys, method: str, metadata: Mapping[str, str]) -> Caller:
+    """Who makes a gRPC call.
+
+    Raises:
+        ApiError: nobody who may.
+    """
+    if not keys or _OPEN_CALLS.fullmatch(method):
+        return ANYBODY
+    return keys.caller(metadata, needs_admin=bool(_ADMIN_CALLS.fullmatch(method)))
+
+
+def log_access(what: str, status: int | str, start_s: float, name: str, caller: Caller) -> None:
+    """Write the line about a request that is over."""
+    took_ms = round(1000 * (time.perf_counter() - start_s), 3)
+    fields = {"request": what, "status": status, "ms": took_ms, "request_id": name, "caller": caller.name}
+    access.info("%s %s %.1f ms", what, status, took_ms, extra={"fields": fields})

@@ -1,0 +1,397 @@
+"""Who may call, how often, under which name; certificates, settings and logs: against a running server."""
+
+import http.client
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import openai
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
+from tritonclient.utils import InferenceServerException
+
+from fewstep.server import Settings, SettingsError
+from fewstep.server.keys import ApiKey, Bucket, Keys, hashed
+
+Address = tuple[str, int]
+Serving = Callable[..., AbstractContextManager[tuple["subprocess.Popen[str]", Address]]]
+IMAGES = "/v1/images/generations"
+CLI = [sys.executable, "-m", "fewstep.cli"]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def ask(
+    address: Address, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> tuple[int, Any, dict[str, str]]:
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, data, headers or {})
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    told = {name.lower(): value for name, value in answer.getheaders()}
+    is_json = told.get("content-type", "").startswith("application/json")
+    return answer.status, json.loads(content) if is_json else content, told
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+# --- keys
+
+
+@pytest.fixture(scope="module")
+def where(
+    serving: Serving, make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Address, str]]:
+    """A server with keys: ``open-sesame`` for users, ``root`` for admins, ``slow`` with 4 images and few after."""
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_text(
+        f'[api_keys.alice]\nsha256 = "{hashed("open-sesame")}"\n'
+        f'[api_keys.boss]\nsha256 = "{hashed("root")}"\nadmin = true\n'
+        f'[api_keys.slow]\nsha256 = "{hashed("slow")}"\nimages_per_s = 0.01\nburst = 4\n'
+    )
+    port = free_port()
+    with serving(make_bundle(), "--api-keys-file", file, "--grpc-port", str(port)) as (_, address):
+        yield address, f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({}, 401, "missing_api_key"),
+        (bearer(""), 401, "missing_api_key"),
+        ({"Authorization": "Basic open-sesame"}, 401, "missing_api_key"),
+        (bearer("open-sesam"), 401, "invalid_api_key"),
+        (bearer(hashed("open-sesame")), 401, "invalid_api_key"),
+        ({"X-API-Key": "\xff"}, 401, "invalid_api_key"),
+        (bearer("open-sesame"), 200, None),
+        ({"X-API-Key": "open-sesame"}, 200, None),
+        ({"authorization": "bearer root"}, 200, None),
+    ],
+)
+def test_only_callers_with_a_key_are_served(
+    where: tuple[Address, str], headers: dict[str, str], status: int, code: str | None
+) -> None:
+    got, answer, told = ask(where[0], "POST", IMAGES, {"prompt": "1"}, headers)
+    assert got == status
+    if code:
+        assert answer["error"]["code"] == code
+        assert told["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "anybody", "user", "admin"),
+    [
+        ("GET", "/", 200, 200, 200),
+        ("GET", "/v2/health/live", 200, 200, 200),
+        ("GET", "/v2/health/ready", 200, 200, 200),
+        ("GET", "/openapi.json", 200, 200, 200),
+        ("GET", "/metrics", 401, 200, 200),
+        ("GET", "/v1/models", 401, 200, 200),
+        ("GET", "/v2/models/digits/tables", 401, 200, 200),
+        ("POST", "/v2/models/digits/generate", 401, 200, 200),
+        ("POST", "/v2/models/digits/versions/1/infer", 401, 200, 200),
+        ("POST", "/v2/repository/index", 401, 200, 200),
+        ("POST", "/v2/models/digits/tables", 401, 403, 400),
+        ("POST", "/v2/models/digits/tables/", 401, 403, 307),
+        ("DELETE", "/v2/models/digits/tables/ddim/4", 401, 403, 404),
+        ("POST", "/v2/repository/models/digits/load", 401, 403, 200),
+        ("POST", "/v2/repository/models/nobody/unload", 401, 403, 404),
+        ("POST", "/v2/repository/models/../models/digits/load", 401, 403, 404),
+        ("PUT", "/anything", 401, 403, 404),
+    ],
+)
+def test_what_is_open_to_whom(
+    where: tuple[Address, str], method: str, path: str, anybody: int, user: int, admin: int
+) -> None:
+    body = b"{}" if method == "POST" else None
+    for headers, status in (({}, anybody), (bearer("open-sesame"), user), (bearer("root"), admin)):
+        got, answer, _ = ask(where[0], method, path, body, headers)
+        assert got == status, answer
+        if status in (401, 403) and path.startswith("/v2"):
+            assert isinstance(answer["error"], str)
+
+
+def test_stock_clients_send_their_keys(where: tuple[Address, str]) -> None:
+    (host, port), grpc_address = where
+    with openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="open-sesame") as client:
+        assert client.images.generate(prompt="1").data
+    with (
+        openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="wrong") as client,
+        pytest.raises(openai.AuthenticationError, match="this API key is not known here"),
+    ):
+        client.images.generate(prompt="1")
+    with triton_http.InferenceServerClient(f"{host}:{port}") as client:
+        client.infer("digits", [], headers=bearer("open-sesame"))
+        with pytest.raises(InferenceServerException, match="an API key is needed") as caught:
+            client.infer("digits", [])
+        assert caught.value.status() == "401"
+    with triton_grpc.InferenceServerClient(grpc_address) as client:
+        assert client.is_server_live()
+        client.infer("digits", [], headers={"authorization": "Bearer open-sesame"})
+        for headers, status, message in (
+            ({}, "UNAUTHENTICATED", "an API key is needed"),
+            ({"x-api-key": "wrong"}, "UNAUTHENTICATED", "not known here"),
+            ({"x-api-key": "open-sesame"}, "PERMISSION_DENIED", "the key alice may not do this"),
+        ):
+            with pytest.raises(InferenceServerException, match=message) as caught:
+                client.load_model("digits", headers=headers)
+            assert caught.value.status() == f"StatusCode.{status}"
+        client.load_model("digits", headers={"x-api-key": "root"})
+
+
+def test_streams_and_reflection_over_grpc_need_a_key_and_health_does_not(where: tuple[Address, str]) -> None:
+    with triton_grpc.InferenceServerClient(where[1]) as client:
+        seen: list[Any] = []
+        client.start_stream(lambda result, error: seen.append(error), headers={"x-api-key": "wrong"})
+        with suppress(InferenceServerException):  # the refusal may be faster than this
+            client.async_stream_infer("digits", [])
+        while not seen:
+            time.sleep(0.01)
+        client.stop_stream()
+        assert "not known here" in str(seen[0])
+    with grpc.insecure_channel(where[1]) as channel:
+        assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == 1
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        question = [reflection_pb2.ServerReflectionRequest(list_services="")]
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.ServerReflectionInfo(iter(question)))
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert list(stub.ServerReflectionInfo(iter(question), metadata=[("x-api-key", "open-sesame")]))
+
+
+def test_a_rate_limit_counts_images_over_all_protocols(where: tuple[Address, str]) -> None:
+    address, grpc_address = where
+    assert ask(address, "POST", IMAGES, {"prompt": "1", "n": 2}, bearer("slow"))[0] == 200
+    body = {"prompt": "1", "deadline_ms": 1e-3}
+    assert ask(address, "POST", IMAGES, body, bearer("slow"))[1]["error"]["code"] == "deadline_infeasible"  # is free
+    assert ask(address, "POST", "/v2/models/digits/generate", {}, bearer("slow"))[0] == 200
+    with triton_grpc.InferenceServerClient(grpc_address) as client:
+        client.infer("digits", [], headers={"x-api-key": "slow"})
+        with pytest.raises(InferenceServerException, match="the rate limit of the key slow is reached") as caught:
+            client.infer("digits", [], headers={"x-api-key": "slow"})
+        assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
+    status, answer, headers = ask(address, "POST", IMAGES, {"prompt": "1"}, bearer("slow"))
+    assert (status, answer["error"]["code"]) == (429, "rate_limited")
+    assert 60 < int(headers["retry-after"]) <= 100
+    assert ask(address, "POST", IMAGES, {"prompt": "1"}, bearer("open-sesame"))[0] == 200
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.floats(0, 2)), max_size=60))
+def test_a_bucket_gives_no_more_than_its_rate_and_burst(asked: list[tuple[int, float]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        now_s = 50.0
+        patch.setattr("fewstep.server.keys.time.monotonic", lambda: now_s)
+        bucket, given_, over = Bucket(3.0, 10.0), 0, 0
+        for num, pause_s in asked:
+            now_s += pause_s
+            wait_s = bucket.take(num)
+            if not wait_s:
+                given_ += num
+                over = max(over, num - 10)
+                assert given_ <= 10 + over + 3.0 * (now_s - 50.0) + 1e-6
+            else:
+                now_s += wait_s + 1e-9
+                assert bucket.take(num) == 0.0  # the wait that was told is enough
+                given_ += num
+                over = max(over, num - 10)
+
+
+def test_a_key_is_made_for_the_settings(tmp_path: Path) -> None:
+    done = subprocess.run([*CLI, "key", "carol", "--admin"], capture_output=True, text=True, check=True)
+    secret = done.stderr.split()[-1]
+    file = tmp_path / "keys.toml"
+    file.write_text(done.stdout)
+    settings = Settings.load(None, {"api_keys_file": file})
+    assert Keys(settings.api_keys).caller({"x-api-key": secret}, needs_admin=True).name == "carol"
+    assert secret not in settings.to_toml()
+
+
+# --- settings
+
+
+def test_the_environment_wins_over_the_file_and_flags_over_both(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('port = 1\nmax_rows = 1\nmax_images = 1\nbundles = ["x"]\n')
+    environment = {
+        "FEWSTEP_CONFIG": str(file), "FEWSTEP_PORT": "2", "FEWSTEP_MAX_ROWS": "2", "FEWSTEP_ACCESS_LOG": "true",
+        "FEWSTEP_CORS_ORIGINS": "https://a.example, https://b.example", "FEWSTEP_API_KEY": "s1",
+        "FEWSTEP_ADMIN_KEY": "s2", "FEWSTEP_API_KEYS": json.dumps({"al": {"sha256": hashed("s3"), "weight": 2}}),
+        "FEWSTEP_THREADS": "", "PATH": "/bin",
+    }  # fmt: skip
+    settings = Settings.load(None, {"port": 3, "host": None}, environment)
+    assert (settings.port, settings.max_rows, settings.max_images, settings.bundles) == (3, 2, 1, ("x",))
+    assert settings.access_log
+    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert settings.threads is None
+    keys = Keys(settings.api_keys)
+    names = {keys.caller({"x-api-key": f"s{i}"}, needs_admin=False).name for i in (1, 2, 3)}
+    assert names == {"api_key", "admin_key", "al"}
+    assert settings.api_keys["admin_key"].admin
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 4
+
+
+def test_what_is_printed_gives_the_same_settings_again(tmp_path: Path) -> None:
+    keys = {'odd "name" ü': ApiKey(sha256=hashed("x"), images_per_s=0.5), "b": ApiKey(sha256=hashed("y"), admin=True)}
+    for settings in (Settings(), Settings(api_keys=keys, tables_folder=tmp_path, cors_origins=("*",), port=0)):
+        file = tmp_path / "again.toml"
+        file.write_text(settings.to_toml(), "utf-8")
+        assert Settings.load(file, {}) == settings
+
+
+def test_print_config_prints_and_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_ADMIN_KEY", "very-secret")
+    done = subprocess.run([*CLI, "serve", "--print-config", "--port", "7"], capture_output=True, text=True, check=True)
+    assert "port = 7\n" in done.stdout
+    assert hashed("very-secret") in done.stdout
+    assert "very-secret" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "text", "message"),
+    [
+        ({"FEWSTEP_PROT": "1"}, "", "FEWSTEP_PROT is not a setting; did you mean FEWSTEP_PORT?"),
+        ({"FEWSTEP_PORT": "many"}, "", "port = 'many': Input should be a valid integer"),
+        ({"FEWSTEP_API_KEYS": "{"}, "", "FEWSTEP_API_KEYS: must be JSON"),
+        ({}, '[api_keys.a]\nsha256 = "12"\n', r"api_keys.a.sha256 = ...: String should match pattern"),
+        ({}, f'[api_keys.a]\nsha = "{hashed("x")}"\n', r"api_keys.a.sha256 = ...: Field required"),
+        (
+            {}, f'[api_keys.a]\nsha256 = "{hashed("x")}"\nadmn = true\n',
+            "api_keys.a.admn is not a setting; did you mean admin?",
+        ),
+        ({}, 'tls_certfile = "a.pem"\n', "tls_certfile and tls_keyfile belong together"),
+        ({}, 'log_format = "xml"\n', "log_format = 'xml': Input should be 'text' or 'json'"),
+        ({"FEWSTEP_API_KEYS_FILE": "/no/such"}, "", "/no/such: cannot be read: No such file"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_used_are_named(
+    environment: dict[str, str], text: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(file, {}, environment)
+    assert str(caught.value).startswith(message)
+
+
+# --- TLS and CORS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on this machine")
+    folder = tmp_path_factory.mktemp("tls")
+    pair = folder / "cert.pem", folder / "key.pem"
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    files = ["-days", "2", "-out", str(pair[0]), "-keyout", str(pair[1])]
+    subprocess.run([*new, *names, *files], check=True, capture_output=True)
+    return pair
+
+
+def test_http_and_grpc_speak_tls(
+    serving: Serving, make_bundle: Callable[..., Path], certificate: tuple[Path, Path]
+) -> None:
+    cert, key = certificate
+    port = free_port()
+    flags = ("--tls-certfile", cert, "--tls-keyfile", key, "--grpc-port", str(port))
+    with serving(make_bundle(), *flags) as (_, (host, http_port)):
+        trust = ssl.create_default_context(cafile=str(cert))
+        connection = http.client.HTTPSConnection(host, http_port, context=trust, timeout=60)
+        connection.request("POST", IMAGES, json.dumps({"prompt": "1"}))
+        assert connection.getresponse().status == 200
+        connection.close()
+        with triton_grpc.InferenceServerClient(f"127.0.0.1:{port}", ssl=True, root_certificates=str(cert)) as client:
+            assert client.infer("digits", []).as_numpy("IMAGE").shape == (1, 8, 8, 1)
+
+
+def test_a_key_that_does_not_fit_its_certificate_is_said(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    for files, message in (
+        ((certificate[0], certificate[0]), "tls_certfile, tls_keyfile: cannot be used together: "),
+        ((tmp_path / "no.pem", certificate[1]), f"tls_certfile: there is no file {tmp_path / 'no.pem'}"),
+    ):
+        command = [*CLI, "serve", "--tls-certfile", str(files[0]), "--tls-keyfile", str(files[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"fewstep: {message}")
+
+
+def test_pages_of_listed_origins_may_call(
+    serving: Serving, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_CORS_ORIGINS", "https://app.example")
+    monkeypatch.setenv("FEWSTEP_API_KEY", "k")
+    with serving(make_bundle(), "--no-grpc") as (_, address):
+        wish = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        status, _, headers = ask(address, "OPTIONS", IMAGES, None, {"Origin": "https://app.example", **wish})
+        assert (status, headers["access-control-allow-origin"]) == (200, "https://app.example")
+        assert ask(address, "OPTIONS", IMAGES, None, {"Origin": "https://evil.example", **wish})[0] == 400
+        for key, status in (("k", 200), ("wrong", 401)):
+            origin = {"Origin": "https://app.example", **bearer(key)}
+            got, _, headers = ask(address, "POST", IMAGES, {"prompt": "1"}, origin)
+            assert (got, headers["access-control-allow-origin"]) == (status, "https://app.example")
+
+
+# --- logs and ids
+
+
+def test_each_request_is_one_line_of_json_with_its_id(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    port = free_port()
+    flags = ("--access-log", "--log-format", "json", "--grpc-port", str(port))
+    with serving(make_bundle(), *flags) as (process, address):
+        _, _, headers = ask(address, "POST", IMAGES, {"prompt": "1"}, {"X-Request-Id": "mine-1"})
+        assert headers["x-request-id"] == "mine-1"
+        ids = [ask(address, "GET", "/v1/models/nobody")[2]["x-request-id"] for _ in range(2)]
+        assert ids[0] != ids[1]
+        forged = ask(address, "GET", "/", None, {"X-Request-Id": 'a b"'})[2]["x-request-id"]
+        assert forged != 'a b"'
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            _, call = stub.Check.with_call(health_pb2.HealthCheckRequest(), metadata=[("x-request-id", "mine-2")])
+            assert dict(call.trailing_metadata())["x-request-id"] == "mine-2"
+        process.terminate()
+        _, written = process.communicate(timeout=60)
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert [line["request_id"] for line in lines] == ["mine-1", *ids, forged, "mine-2"]
+    assert [(line["request"], line["status"]) for line in lines[:2]] == [
+        (f"POST {IMAGES}", 200),
+        ("GET /v1/models/nobody", 404),
+    ]
+    assert lines[-1]["status"] == "StatusCode.OK"
+    assert all(line["ms"] > 0 and line["level"] == "info" and line["logger"] == "fewstep.access" for line in lines)
+
+
+def test_text_logs_are_for_people_and_off_by_default(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    for flags, wanted in (((), ""), (("--access-log",), "GET /v2 200 ")):
+        with serving(make_bundle(), "--no-grpc", *flags) as (process, address):
+            ask(address, "GET", "/v2", None, {"X-Request-Id": "a1"})
+            process.terminate()
+            _, written = process.communicate(timeout=60)
+        assert written.count("\n") == bool(wanted)
+        assert wanted in written
+        assert ("request_id=a1" in written) == bool(wanted)
