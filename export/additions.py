@@ -15,6 +15,7 @@ import onnx
 
 from ..runtime.bundle import EMBEDDED, MANIFEST, Bundle, BundleError, EngineFile, write_manifest
 from .engines import Flavour, build_engine
+from .onnx_file import save_model
 from .precisions import Precision, convert, measure, trajectory
 from .sampler_graph import sampler_graph
 from .step_graph import ExportError
@@ -47,7 +48,7 @@ def add_precisions(bundle: Bundle, out: Path, precisions: Sequence[Precision]) -
                 keep = folder / "precisions" if precision in precisions else Path(place)
                 keep.mkdir(exist_ok=True)
                 paths[precision] = keep / f"{precision}.onnx"
-                onnx.save(graph, str(paths[precision]))
+                save_model(graph, paths[precision])
             tableau = bundle.tableau()
             measured = measure(bundle, tableau, paths)
         report = {

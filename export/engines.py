@@ -8,6 +8,7 @@ GPU yet, and nothing here was tried with the full TensorRT.
 
 import importlib
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import onnx
 
+from .onnx_file import save_model
 from .step_graph import ExportError
 
 log = logging.getLogger("fewstep")
@@ -76,8 +78,10 @@ def build_engine(
     builder = trt.Builder(_logger(trt, said))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, builder_logger := _logger(trt, said))
-    if not parser.parse(model.SerializeToString()):
-        raise ExportError(_refusal(parser))
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, file := Path(folder) / "model.onnx")
+        if not parser.parse_from_file(str(file)):
+            raise ExportError(_refusal(parser))
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from .onnx_file import DATA, save_model
+
 OPSET = 20
 _SMALL = 256  # tensors below this many elements keep float32: biases and constants weigh nothing
 _TOLERANCE = 1e-4  # of the graph against torch with the same rounded weights, relative to the largest output
@@ -51,7 +53,7 @@ def export_step_graph(
         network: called with ``x [B, C, H, W]``, ``t [B]`` float32 and, if ``num_labels``, ``label [B]`` int64, and, if
             ``guidance``, ``guidance [B]`` float32.
         sample_shape: channels, height, width.
-        path: the file to write.
+        path: the file to write; a large network has its weights in a second one, see `onnx_file`.
         num_labels: labels the network takes, the null one included; None for an unconditional network.
         half: store weights in float16.
         guidance: the range of the guidance that the network takes as an input; None if it takes none.
@@ -89,11 +91,12 @@ def export_step_graph(
     if half:
         _store_in_half(model)
     _drop_notes(model)
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
-    parity = _compare(network, model, sample_shape, num_labels, half, guidance)
+    save_model(model, path)
+    onnx.checker.check_model(str(path))  # by its path, since a large model does not fit into one message
+    parity = _compare(network, path, sample_shape, num_labels, half, guidance)
     if not parity.graph_error <= _TOLERANCE:  # NaN is no small error
         path.unlink()
+        path.with_name(path.name + DATA).unlink(missing_ok=True)
         raise ExportError(f"{path}: the graph differs from the network by {parity.graph_error:.2g} of its output")
     return parity
 
@@ -155,13 +158,13 @@ def _drop_notes(model: onnx.ModelProto) -> None:
 
 def _compare(
     network: torch.nn.Module,
-    model: onnx.ModelProto,
+    path: Path,
     sample_shape: tuple[int, ...],
     num_labels: int | None,
     half: bool,
     guidance: tuple[float, float] | None,
 ) -> Parity:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     trained = {name: value.clone() for name, value in network.state_dict().items()}
     rounded = {
         name: value.half().float() if half and value.is_floating_point() and value.numel() >= _SMALL else value

@@ -26,6 +26,7 @@ from .tableau import Tableau, TableauError
 
 MANIFEST = "bundle.json"
 NETWORK = "model.onnx"
+WEIGHTS = "model.onnx.data"  # beside it, if they are too large to be in it
 FORMAT = 1
 EMBEDDED = Path(__file__).parent / "embedded"
 DEFAULT_BUNDLE = "fashion-mnist-mm4"
@@ -163,6 +164,12 @@ class Manifest(_Strict):
             raise ValueError("classifier-free guidance needs labels.null, the label of the call without condition")
         return self
 
+    @property
+    def weights_sha256(self) -> str:
+        """The fingerprint of the network, which tables and engines made for it refer to."""
+        hashes = [self.files[name] for name in (NETWORK, WEIGHTS) if name in self.files]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -184,8 +191,8 @@ class Bundle:
 
     @property
     def weights_sha256(self) -> str:
-        """The fingerprint that fitted tables refer to."""
-        return self.manifest.files[NETWORK]
+        """See `Manifest.weights_sha256`."""
+        return self.manifest.weights_sha256
 
     def tableau(self, solver: str | None = None, num_steps: int | None = None) -> Tableau:
         """The table a request asks for; what it leaves out is taken from the default.
@@ -350,7 +357,7 @@ def _verify_files(path: Path, manifest: Manifest) -> None:
     for name, engine in manifest.engines.items():
         if name not in manifest.files:
             raise BundleError(f"{path / MANIFEST}: engines: {name} is not among the files")
-        if engine.network_sha256 != manifest.files[NETWORK]:
+        if engine.network_sha256 != manifest.weights_sha256:
             raise BundleError(f"{path}: {name} was built from another {NETWORK}; build it again")
     present = set(_files_below(path)) - {MANIFEST}
     for name in sorted(set(manifest.files) - present):

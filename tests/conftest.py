@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from fewstep.export import write_bundle
+from fewstep.export import onnx_file, write_bundle
 from fewstep.runtime import Bundle, Tableau
 from fewstep.runtime.bundle import MANIFEST, NETWORK, write_manifest
 from fewstep.runtime.schedules import karras
@@ -28,24 +28,27 @@ SAMPLE_SHAPE = (1, 8, 8)
 
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Make a student's folder: ``make_bundle(is_guided=False, seed=0, nan_label=None)``.
+    """Make a student's folder: ``make_bundle(is_guided=False, seed=0, nan_label=None, is_large=False)``.
 
     The same arguments give the same folder, so a test that alters one copies it first (see `bundle_copy`).
     ``is_guided`` asks for classifier-free guidance from 1 to 5; ``nan_label`` is a label that the network
-    answers with NaN.
+    answers with NaN; ``is_large`` keeps the weights beside the ONNX file, as those of gigabytes are.
     """
-    made: dict[tuple[bool, int, int | None], Path] = {}
+    made: dict[tuple[bool, int, int | None, bool], Path] = {}
 
-    def make(is_guided: bool = False, seed: int = 0, nan_label: int | None = None) -> Path:
-        key = (is_guided, seed, nan_label)
+    def make(is_guided: bool = False, seed: int = 0, nan_label: int | None = None, is_large: bool = False) -> Path:
+        key = (is_guided, seed, nan_label, is_large)
         if key not in made:
             out = tmp_path_factory.mktemp("bundles") / "student"
             if nan_label is None:
                 torch.set_num_threads(1)
                 notice = {"NOTICE": b"Made for a test.\n"}
-                write_bundle(out, network(seed), tables(), fields(is_guided), extra_files=notice)
+                with pytest.MonkeyPatch.context() as patch:
+                    if is_large:
+                        patch.setattr(onnx_file, "_OUTSIDE", 0)
+                    write_bundle(out, network(seed), tables(), fields(is_guided), extra_files=notice)
             else:
-                shutil.copytree(make(is_guided, seed), out)
+                shutil.copytree(make(is_guided, seed, is_large=is_large), out)
                 poison_label(out, nan_label)
             made[key] = out
         return made[key]
