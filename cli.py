@@ -1,4 +1,4 @@
-"""The command line: ``fewstep serve | key | generate | inspect | train | fit | table | export | demo``.
+"""The command line: ``fewstep serve | bench | key | generate | inspect | train | fit | table | export | demo``.
 
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 app = typer.Typer(
     name="fewstep",
@@ -23,6 +24,25 @@ app = typer.Typer(
 
 tables = typer.Typer(help="Look at table files, and put them into bundles.", no_args_is_help=True)
 app.add_typer(tables, name="table")
+
+
+class _RunByDefault(TyperGroup):
+    """``fewstep bench TARGET`` is ``fewstep bench run TARGET``."""
+
+    def parse_args(self, context: Any, arguments: list[str]) -> list[str]:  # Typer brings its own click
+        if arguments and arguments[0] not in (*self.commands, "--help"):
+            arguments = ["run", *arguments]
+        return super().parse_args(context, arguments)
+
+
+benchmarks = typer.Typer(
+    help="Measure latency and throughput of a server, or of a student in this process.\n\n"
+    "fewstep bench http://127.0.0.1:8000 --rate 40\n\n"
+    "'run' may be left out; 'fewstep bench run --help' lists its options.",
+    cls=_RunByDefault,
+    no_args_is_help=True,
+)
+app.add_typer(benchmarks, name="bench")
 
 T = TypeVar("T")
 BundleArgument = Annotated[str | None, typer.Argument(help="A folder, or the name of an embedded bundle.")]
@@ -48,6 +68,9 @@ def serve(
     tls_keyfile: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    simulate: Annotated[
+        str | None, typer.Option(help="A+B: simulate an accelerator whose call on n rows takes A + B n ms.")
+    ] = None,
     access_log: Annotated[bool | None, typer.Option("--access-log", help="Log each request.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the settings, and do not serve.")] = False,
 ) -> None:
@@ -67,7 +90,7 @@ def serve(
         "grpc": grpc, "grpc_port": grpc_port, "repository": repository,
         "threads": threads, "tables_folder": tables_folder, "access_log": access_log, "log_format": log_format,
         "log_level": log_level, "api_keys_file": api_keys_file, "tls_certfile": tls_certfile,
-        "tls_keyfile": tls_keyfile,
+        "tls_keyfile": tls_keyfile, "simulate": simulate,
     }  # fmt: skip
     settings = Settings.load(config, flags, os.environ)
     if print_config:
@@ -89,6 +112,84 @@ def key(
     secret = new_key()
     print(f"# For {name}, once; nobody can read it from the settings: {secret}", file=sys.stderr)
     print(f"[api_keys.{json.dumps(name)}]\nsha256 = {json.dumps(hashed(secret))}" + ("\nadmin = true" if admin else ""))
+
+
+@benchmarks.command("run")
+def bench_run(
+    target: Annotated[
+        str | None, typer.Argument(help="URL of a server, http:// or grpc://; or a bundle, which then runs here.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="openai, http or grpc (KServe v2), in-process.", show_default="by URL"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model to ask for.", show_default="the first")] = None,
+    clients: Annotated[int, typer.Option(help="Closed loop: clients, each with one request under way.")] = 32,
+    rate: Annotated[float | None, typer.Option(help="Open loop: requests a second, whatever is answered.")] = None,
+    arrivals: Annotated[
+        str, typer.Option(help="Open loop: poisson, burst, constant, or the file of a trace.")
+    ] = "poisson",
+    burst: Annotated[int, typer.Option(help="Requests of one burst.")] = 16,
+    mix: Annotated[
+        str | None, typer.Option(help="Kinds of requests with weights, 'steps=1:0.5, steps=4:0.5'; or a TOML file.")
+    ] = None,
+    deadline_ms: Annotated[float | None, typer.Option(help="Deadline of requests whose kind names none.")] = None,
+    seconds: Annotated[float, typer.Option(help="Load on the clock.")] = 10.0,
+    warmup: Annotated[float, typer.Option(help="Seconds of load before it.")] = 1.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request is an error.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of the arrivals and the order of the kinds.")] = 0,
+    metrics: Annotated[str | None, typer.Option(help="URL of Prometheus metrics.", show_default="/metrics")] = None,
+    server_pid: Annotated[
+        int | None, typer.Option(help="The server's process, for its CPU time.", show_default="by its port")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="API key, sent as a bearer token.", envvar="FEWSTEP_API_KEY")] = None,
+    max_rows: Annotated[int, typer.Option(help="in-process: samples that run together.")] = 16,
+    threads: Annotated[int | None, typer.Option(help="in-process: CPU threads of one network call.")] = None,
+    simulate: Annotated[str | None, typer.Option(help="in-process: a simulated accelerator, A+B ms a call.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File for the report, which compare reads.")] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add a round to the file of --json.")] = False,
+    html: Annotated[Path | None, typer.Option(help="File for the report as a page with plots.")] = None,
+) -> None:
+    """Load a server, or a student in this process, and say how long requests took.
+
+    Closed loop: --clients each ask again when they have their answer. Open loop, by --rate or a trace: requests come
+    when they come, and each one's time counts from when it was meant to be sent.
+    """
+    _need_bench()
+    from .bench.page import save_page
+    from .bench.report import save, show
+    from .bench.run import address_of, bench
+    from .bench.workload import workload
+
+    address = address_of(
+        target, protocol, model=model, key=key, max_rows=max_rows, threads=threads, simulate=simulate
+    )  # fmt: skip
+    load = workload(
+        mix, clients=clients, rate=rate, arrivals=arrivals, burst=burst, deadline_ms=deadline_ms, warmup_s=warmup,
+        seconds=seconds, seed=seed,
+    )  # fmt: skip
+    made = bench(address, load, timeout_s=timeout, metrics=metrics, server_pid=server_pid)
+    show(made)
+    if json is not None:
+        save(json, made, is_added=append)
+    if html is not None:
+        save_page(html, made)
+
+
+@benchmarks.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A report of --json.")],
+    after: Annotated[Path, typer.Argument(help="Another.")],
+    confidence: Annotated[float, typer.Option(help="Of each interval.")] = 0.99,
+    smallest: Annotated[float, typer.Option(help="Differences below this share are noise.")] = 0.02,
+) -> None:
+    """Say which figures of two reports differ by more than noise. Exit status 1 when one is worse."""
+    _need_bench()
+    from .bench import compare_files
+
+    found = compare_files(before, after, confidence=confidence, smallest=smallest)
+    if any(one.verdict == "worse" for one in found):
+        raise SystemExit(1)
 
 
 @app.command()
@@ -493,11 +594,19 @@ def demo(
 
 
 def _need_torch(command: str) -> None:
+    _need(command, ("torch", "onnx", "onnxscript", "accelerate"), "train")
+
+
+def _need_bench() -> None:
+    _need("bench", ("hdrh", "psutil"), "bench")
+
+
+def _need(command: str, modules: tuple[str, ...], extra: str) -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("torch", "onnx", "onnxscript", "accelerate") if find_spec(name) is None]
+    missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        _stop(f"fewstep {command} needs {', '.join(missing)}: pip install 'fewstep[train]'")
+        _stop(f"fewstep {command} needs {', '.join(missing)}: pip install 'fewstep[{extra}]'")
 
 
 def _one_of(what: str, given: str, choices: tuple[T, ...]) -> T:

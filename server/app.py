@@ -60,12 +60,12 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        data = [_describe(engine, service.started_s) for engine in service.engines.values()]
+        data = [_describe(engine, service) for engine in service.engines.values()]
         return {"object": "list", "data": data}
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> dict[str, Any]:
-        return _describe(engine_of(model), service.started_s)
+        return _describe(engine_of(model), service)
 
     def engine_of(model: str) -> Engine:
         engine = service.engines.get(model)
@@ -135,19 +135,20 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def _describe(engine: Engine, created: int) -> dict[str, Any]:
+def _describe(engine: Engine, service: Service) -> dict[str, Any]:
     """One entry of ``/v1/models``: OpenAI's four fields, then what a request to this student may say."""
     manifest = engine.bundle.manifest
     channels, height, width = manifest.sample_shape
     return {
         "id": manifest.name,
         "object": "model",
-        "created": created,
+        "created": service.started_s,
         "owned_by": "fewstep",
         "description": manifest.description,
         "version": manifest.version,
         "size": f"{width}x{height}",
         "channels": channels,
+        "simulated": service.simulated,
         "labels": list(manifest.labels.names) if manifest.labels else [],
         "guidance": manifest.guidance.model_dump(),
         "default_tableau": manifest.default_tableau.model_dump(),

@@ -109,14 +109,14 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "fewstep", "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-def model_metadata(engine: Engine) -> dict[str, Any]:
+def model_metadata(service: Service, engine: Engine) -> dict[str, Any]:
     """The inputs and outputs of a student, the batch first."""
     channels, height, width = engine.bundle.manifest.sample_shape
     shapes = {"IMAGE": [-1, height, width, channels]}
     return {
         "name": engine.bundle.name,
         "versions": [engine.bundle.manifest.version],
-        "platform": "fewstep",
+        "platform": _platform(service),
         "inputs": [{"name": name, "datatype": kind, "shape": [-1, 1]} for name, kind in INPUTS.items()],
         "outputs": [
             {"name": name, "datatype": kind, "shape": shapes.get(name, [-1, 1])} for name, kind in OUTPUTS.items()
@@ -124,16 +124,20 @@ def model_metadata(engine: Engine) -> dict[str, Any]:
     }
 
 
+def _platform(service: Service) -> str:
+    return "fewstep-simulated" if service.simulated else "fewstep"
+
+
 def model_config(service: Service, engine: Engine) -> dict[str, Any]:
     """Triton's ModelConfig, as JSON."""
-    metadata = model_metadata(engine)
+    metadata = model_metadata(service, engine)
 
     def kind(datatype: str) -> str:
         return "TYPE_" + {"BYTES": "STRING"}.get(datatype, datatype)
 
     return {
         "name": engine.bundle.name,
-        "platform": "fewstep",
+        "platform": _platform(service),
         "backend": "fewstep",
         "max_batch_size": image_limit(service, engine),
         "input": [

@@ -68,7 +68,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse({"model_stats": [model_statistics(engine) for engine in service.engines.values()]})
 
     async def metadata(http: HttpRequest) -> Response:
-        return JSONResponse(model_metadata(named(http)))
+        return JSONResponse(model_metadata(service, named(http)))
 
     async def ready(http: HttpRequest) -> Response:
         is_ready = service.is_ready

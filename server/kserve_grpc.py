@@ -166,7 +166,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         engine = await self._engine(request.name, request.version, context)
-        return ParseDict(model_metadata(engine), service_pb2.ModelMetadataResponse())
+        return ParseDict(model_metadata(self._service, engine), service_pb2.ModelMetadataResponse())
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
         engine = await self._engine(request.name, request.version, context)

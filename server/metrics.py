@@ -37,6 +37,12 @@ class _Engines(Collector):
         compute = UnknownMetricFamily("nv_inference_compute_infer_duration_us", "Time in steps", labels=_LABELS)
         pending = GaugeMetricFamily("nv_inference_pending_request_count", "Samples waiting", labels=_LABELS)
         running = GaugeMetricFamily("fewstep_running_rows", "Samples in slots", labels=_LABELS)
+        simulated = GaugeMetricFamily(
+            "fewstep_simulated_accelerator", "1: times are those of a model, not of a device", labels=["cost"]
+        )
+        if self._service.simulated:
+            simulated.add_metric([self._service.simulated], 1)
+            yield simulated
         for name, engine in self._service.engines.items():
             labels = [name, engine.bundle.manifest.version]
             done = engine.counters

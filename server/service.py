@@ -14,6 +14,7 @@ from typing import Any
 
 from ..runtime import Bundle, BundleError, Engine, EngineThread, TableauError
 from ..runtime.bundle import MANIFEST
+from ..runtime.simulated import Cost, simulated
 from .encoders import Encoders
 from .errors import ApiError
 from .keys import Keys
@@ -68,6 +69,11 @@ class Service:
             self._tables.stop()
         self._thread.stop()
         self.encoders.stop()
+
+    @property
+    def simulated(self) -> str | None:
+        """The cost of a network call on the simulated accelerator, if that is what the students run on."""
+        return str(Cost.parse(self.settings.simulate)) if self.settings.simulate else None
 
     @property
     def default(self) -> str | None:
@@ -162,11 +168,13 @@ class Service:
     def _engine(self, bundle: Bundle) -> Engine:
         settings = self.settings
         _, height, width = bundle.manifest.sample_shape
+        backend = simulated(settings.simulate) if settings.simulate else None
         engine = Engine(
             bundle,
             max_rows=settings.max_rows,
             max_waiting=max(1, min(settings.max_waiting, settings.max_waiting_pixels // (height * width))),
             threads=settings.threads,
+            backend=backend,
             ageing_s=settings.ageing_s,
         )
         engine.warm_up()

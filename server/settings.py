@@ -43,6 +43,7 @@ class Settings(BaseModel):
     # Work
     max_rows: int = Field(default=16, ge=1, le=4096)  # rows that run together, per student
     threads: int | None = Field(default=None, ge=1)  # CPU threads of one network call; None: all cores
+    simulate: str | None = None  # "A+B": a simulated accelerator, whose call on n rows takes A + B n ms
     encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
     # Limits
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student

@@ -35,6 +35,8 @@ class _DrainingServer(uvicorn.Server):
         gc.set_threshold(50_000, 20, 20)  # requests leave few cycles behind; the default looks after every few of them
         also = f", gRPC at {await self._grpc.start()}" if self._grpc else ""
         names = ", ".join(self._service.engines)
+        if self._service.simulated:
+            names += f" on a SIMULATED accelerator ({self._service.simulated})"
         # Only now would a connection be accepted.
         print(f"fewstep serves {names} at {self._where}  (page at /, API at /docs{also}; Ctrl-C ends)", flush=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {"kernels": 1, "runtime": 2, "export": 3, "training": 4, "server": 4, "cli": 5}
+FLOORS = {"kernels": 1, "runtime": 2, "export": 3, "training": 4, "server": 4, "bench": 4, "cli": 5}
 TRAINING_ONLY = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "accelerate", "datasets", "diffusers"}
 SOURCES = sorted(
     path.relative_to(ROOT)
@@ -50,7 +50,9 @@ def test_a_file_imports_only_from_its_own_floor_and_those_below(source: Path) ->
             assert FLOORS[other] < FLOORS[own], f"{source} imports {name}"
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if floor_name(s) in ("kernels", "runtime", "server")], ids=str)
+@pytest.mark.parametrize(
+    "source", [s for s in SOURCES if floor_name(s) in ("kernels", "runtime", "server", "bench")], ids=str
+)
 def test_what_serves_imports_nothing_of_training_or_export(source: Path) -> None:
     for name, is_ours in imports(source):
         if is_ours:

@@ -1,0 +1,371 @@
+"""Benchmarks: what they report is what was there, and what they call a difference is one."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fewstep.bench import BenchError, bench
+from fewstep.bench.compare import compare, unlike
+from fewstep.bench.generator import Records
+from fewstep.bench.page import page
+from fewstep.bench.report import Round, facts, load, round_of, save, warnings_of
+from fewstep.bench.run import address_of
+from fewstep.bench.targets import About, Address, KserveTarget
+from fewstep.bench.workload import Kind, Workload, parse_mix, workload
+
+SERVER = Path(__file__).parent / "synthetic_server.py"
+Serving = Callable[..., AbstractContextManager[tuple["subprocess.Popen[str]", tuple[str, int]]]]
+
+
+@contextmanager
+def synthetic(**said: Any) -> Iterator[tuple[str, Callable[[], list[float]]]]:
+    """The URL of a server with known service times, and a call that ends it and tells the times it gave."""
+    said = {"fast": 0.01, "slow": 0.01, "slow_every": 0, "serial": False, **said}
+    command = [sys.executable, str(SERVER), json.dumps(said)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        yield f"http://127.0.0.1:{port}", lambda: list(json.loads(process.communicate()[0]))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def measured(url: str, load: Workload) -> Round:
+    return bench(address_of(url), load, timeout_s=20, is_quiet=True)
+
+
+# --- true percentiles
+
+
+@pytest.mark.parametrize("attempts", [3])
+@pytest.mark.parametrize(("slow", "slow_every"), [(0.15, 0), (0.4, 4)], ids=["fixed", "bimodal"])
+def test_percentiles_of_known_service_times_are_within_2_percent(slow: float, slow_every: int, attempts: int) -> None:
+    """Against what was asked of the server, and what it gave; a machine that stalls gets another attempt."""
+    wanted = workload(rate=40, warmup_s=0.5, seconds=4)
+    for attempt in range(attempts):
+        with synthetic(fast=0.15, slow=slow, slow_every=slow_every) as (url, end):
+            told = measured(url, wanted)["total"]["latency_ms"]
+            gave = 1000 * np.array(end())
+        known = {"p50": 150.0, "p90": 1000 * slow, "p95": 1000 * slow}
+        given = {f"p{p}": float(np.percentile(gave, p)) for p in (50, 90, 95)}
+        off = max(abs(told[name] / truth[name] - 1) for truth in (known, given) for name in known)
+        if off < 0.02 or attempt == attempts - 1:
+            assert off < 0.02, (told, known, given)
+            return
+
+
+@pytest.mark.parametrize("attempts", [3])
+def test_a_stalled_server_is_charged_for_all_who_would_have_come(attempts: int) -> None:
+    """A queue with one server, constant arrivals and one long service has latencies in closed form (Lindley)."""
+    stall, seconds = 1.2, 6.0
+    wanted = workload(rate=30, arrivals="constant", warmup_s=0, seconds=seconds)
+    times, _ = wanted.schedule()
+    assert len(times) == 30 * seconds
+    free, latencies = 0.0, []
+    for number, at in enumerate(times.tolist()):
+        free = max(free, at) + (stall if number + 1 == 60 else 0.02)
+        latencies.append(1000 * (free - at))
+    for attempt in range(attempts):
+        with synthetic(fast=0.02, slow=stall, slow_every=60, serial=True) as (url, _):
+            # The one request before the clock is number 0; of the next, 60 and 120 and 180 are slow.
+            told = measured(url, workload(rate=30, arrivals="constant", warmup_s=0, seconds=3.9))["total"]
+        expected = np.array(latencies)[: round(30 * 3.9)]
+        found = told["latency_ms"]
+        off = max(abs(found[f"p{p}"] / np.percentile(expected, p) - 1) for p in (90, 95, 99))
+        if off < 0.02 or attempt == attempts - 1:
+            assert off < 0.02, (found, [np.percentile(expected, p) for p in (90, 95, 99)])
+            break
+    naive = np.percentile([20.0] * 116 + [1200.0], 90)
+    assert found["p90"] > 20 * naive
+
+
+def test_a_closed_loop_obeys_littles_law() -> None:
+    """Throughput times latency is the number of clients."""
+    with synthetic(fast=0.05) as (url, _):
+        made = measured(url, workload(clients=8, warmup_s=0.3, seconds=2))
+    total = made["total"]
+    assert total["requests_per_s"] * total["latency_ms"]["mean"] / 1000 == pytest.approx(8, rel=0.05)
+    assert total["errors"] == {}
+
+
+# --- every protocol, on a real server
+
+
+def test_every_protocol_measures_a_real_server(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    mix = "steps=1 target_ms=5000:0.5, steps=4 target_ms=5000:0.3, n=2:0.2"
+    load = workload(mix, clients=4, warmup_s=0.2, seconds=1)
+    rounds: dict[str, Round] = {}
+    with serving(make_bundle(), "--grpc-port", "0") as (process, (host, port)):
+        url = f"http://{host}:{port}"
+        for protocol in ("openai", "http"):
+            rounds[protocol] = bench(address_of(url, protocol), load, is_quiet=True)
+        assert all(made["server"]["pid"] == process.pid for made in rounds.values())
+        grpc_port = next(port for port in ports(process.pid) if port != int(url.rpartition(":")[2]))
+        grpc = address_of(f"grpc://{host}:{grpc_port}")
+        rounds["grpc"] = bench(grpc, load, metrics=f"{url}/metrics", is_quiet=True)
+    rounds["in-process"] = bench(address_of(str(make_bundle()), threads=1), load, is_quiet=True)
+    for protocol, made in rounds.items():
+        total = made["total"]
+        assert total["ok"] == total["requests"] > 10, protocol
+        assert total["errors"] == {}
+        assert total["goodput"]["share"] == 1
+        assert 1 <= made["server"]["rows_per_call"] <= 16
+        assert made["server"]["cpu_ms_per_image"] > 0
+        assert made["server"]["memory_mb"] > 20
+        assert total["images_per_s"] > total["requests_per_s"]
+        assert set(made["kinds"]) == {"steps=1 target_ms=5000", "steps=4 target_ms=5000", "n=2"}
+    assert rounds["openai"]["total"]["sample_steps_per_s"] > rounds["openai"]["total"]["images_per_s"]
+
+
+def ports(pid: int) -> list[int]:
+    import psutil
+
+    listening = psutil.Process(pid).net_connections("tcp")
+    return sorted({one.laddr.port for one in listening if one.status == psutil.CONN_LISTEN})
+
+
+def test_a_servers_refusals_are_counted_by_kind(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    load = workload("deadline_ms=0.001:0.5, steps=1:0.5", clients=4, warmup_s=0, seconds=1)
+    with serving(make_bundle(), "--no-grpc") as (_, (host, port)):
+        made = measured(f"http://{host}:{port}", load)
+        with pytest.raises(BenchError, match=r"kind 'steps=77' fails: 400: num_inference_steps: digits has no table"):
+            measured(f"http://{host}:{port}", workload("steps=77", seconds=1))
+    total = made["total"]
+    assert set(total["errors"]) <= {"429", "504"}  # refused at the door, or given up
+    assert 0 < sum(total["errors"].values()) == total["requests"] - total["ok"]
+    assert total["goodput"]["met"] == 0
+    assert made["kinds"]["steps=1"]["errors"] == {}
+
+
+def test_an_unknown_kserve_model_gets_inputs_by_its_metadata() -> None:
+    """Types and shapes as the server says; what only binary can say goes as binary."""
+
+    async def ask(url: str) -> Any:
+        target = KserveTarget(Address(url, "http", "sleeper"))
+        await target.open()
+        assert await target.send(Kind("all", 1.0, {"text": "words"}), 0) is None
+        kept: list[bytes] = []
+        request = target._client.request
+
+        async def listening(*arguments: Any) -> Any:
+            answer = await request(*arguments)
+            kept.append(answer.body)
+            return answer
+
+        target._client.request = listening  # type: ignore[method-assign,assignment]
+        assert await target.send(Kind("all", 1.0, {"text": "words"}), 1) is None
+        await target.close()
+        return json.loads(kept[0])["held"]
+
+    with synthetic() as (url, _):
+        held = dict(asyncio.run(ask(url)))
+        made = bench(address_of(url, "http", model="sleeper"), workload(clients=2, seconds=0.5), is_quiet=True)
+    assert held == {"noise": [1, 3, 8, 8], "mask": [1, 4], "text": [1, 1]}
+    assert made["total"]["ok"] > 0
+    assert made["total"]["sample_steps_per_s"] is None
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(BenchError, match="cannot be reached: Connection refused; is the server running"):
+        measured("http://127.0.0.1:9", workload(seconds=1))
+
+
+def test_a_generator_that_cannot_keep_up_says_so() -> None:
+    """Its own lateness is measured; here it is made to be late."""
+    made = fake_round(np.random.default_rng(0), late_ms=30)
+    assert made["generator"]["late_share"] > 0.9
+    assert any("left late" in line for line in warnings_of(made))
+
+
+# --- comparing
+
+
+def fake_round(rng: np.random.Generator, *, factor: float = 1.0, late_ms: float = 0.0, seconds: float = 20) -> Round:
+    """A round of a server with lognormal latencies, drifting slowly as machines do."""
+    load = Workload((Kind("a"), Kind("b", 1.0, {"steps": 4})), rate=200, warmup_s=1, seconds=seconds)
+    meant, kind = load.schedule()
+    drift = 1 + 0.05 * np.sin(2 * np.pi * (meant / 7 + rng.random()))
+    latency = factor * drift * rng.lognormal(np.log(0.02), 0.4, len(meant)) * (1 + kind)
+    sent = meant + late_ms / 1000
+    error = np.full(len(meant), -1)
+    records = Records(kind, meant, sent, meant + latency, error, (), 0.1, None, None)
+    server = {"pid": None, "memory_mb": None, "rows_per_call": None}
+    address = Address("http://127.0.0.1:8000", "openai")
+    return round_of(address, About("m", default_steps=2), load, records, server, [])
+
+
+def test_like_runs_differ_by_noise_alone() -> None:
+    """Ten pairs of runs of one server: of their hundred figures none differs, however often they are compared."""
+    rng = np.random.default_rng(3)
+    found = [one for _ in range(10) for one in compare([fake_round(rng)], [fake_round(rng)])]
+    assert len(found) >= 80
+    assert [one for one in found if one.verdict != "noise"] == []
+
+
+def test_a_slower_server_is_found_and_every_comparison_finds_it() -> None:
+    rng = np.random.default_rng(4)
+    for seed in range(5):
+        found = compare([fake_round(rng)], [fake_round(rng, factor=1.25)], seed=seed)
+        verdicts = {one.figure: one.verdict for one in found}
+        for figure in ("latency mean", "latency p50", "latency p90", "a: p50", "b: p50"):
+            assert verdicts[figure] == "worse", (figure, found)
+        assert verdicts["images/s"] == "noise"  # an open loop that keeps up
+
+
+def test_rounds_widen_the_interval_by_what_differs_between_them() -> None:
+    """Rounds that each agree within and not among themselves: one each would see a difference, four do not."""
+    rng = np.random.default_rng(5)
+    factors = [1.0, 1.3, 0.8, 1.1]
+    one = compare([fake_round(rng)], [fake_round(rng, factor=1.3)])
+    rounds = [[fake_round(rng, factor=f) for f in order] for order in (factors, factors[::-1])]
+    four = compare(*rounds)
+    verdict_of = [{each.figure: each.verdict for each in found} for found in (one, four)]
+    assert [verdicts["latency mean"] for verdicts in verdict_of] == ["worse", "noise"]
+
+
+def test_reports_are_kept_round_by_round_and_unlike_loads_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "a.json"
+    rng = np.random.default_rng(6)
+    first, second = fake_round(rng, seconds=4), fake_round(rng, seconds=4)
+    save(file, first)
+    save(file, second, is_added=True)
+    assert load(file) == [first, second]
+    other = fake_round(rng, seconds=5)
+    assert unlike([first], [other]) == ["not the same load: seconds is 4 and 5"]
+    file.write_text("{}")
+    with pytest.raises(BenchError, match="is not a report of fewstep bench"):
+        load(file)
+
+
+def test_the_page_needs_nothing_from_anywhere() -> None:
+    made = fake_round(np.random.default_rng(7), seconds=4)
+    text = page(made)
+    assert "<svg" in text
+    assert not [word for word in ("src=", "href=", "@import", "url(", "<script") if word in text]
+    assert "<b>" not in page({**made, "target": {**made["target"], "model": "<b>"}})
+
+
+# --- workloads
+
+
+def test_a_mix_is_read_from_text_and_from_a_file(tmp_path: Path) -> None:
+    kinds = parse_mix("steps=1:0.5, steps=4 solver=ddim:0.3,n=2")
+    assert kinds[0] == Kind("steps=1", 0.5, {"steps": 1})
+    assert kinds[1] == Kind("steps=4 solver=ddim", 0.3, {"steps": 4, "solver": "ddim"})
+    assert kinds[2] == Kind("n=2", 1.0, {"n": 2})
+    file = tmp_path / "mix.toml"
+    file.write_text('[[request]]\nweight = 3\nsteps = 1\n[[request]]\nname = "slow"\nprompt = "a, b: c"\n')
+    assert parse_mix(str(file)) == (Kind("steps=1", 3.0, {"steps": 1}), Kind("slow", 1.0, {"prompt": "a, b: c"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mix": "steps"}, "--mix: 'steps' is not NAME=VALUE"),
+        ({"mix": "steps=one"}, "--mix: steps=one: steps is 'one', must be a whole number"),
+        ({"mix": "steps=1:0"}, "weight is '0', must be a number above 0"),
+        ({"mix": "n=0"}, "n is 0, at least one image"),
+        ({"mix": "n=1, n=1"}, "'n=1' is there twice"),
+        ({"mix": "nothing.toml"}, "nothing.toml: cannot be read"),
+        ({"rate": -1.0}, "--rate: -1 must be more than 0"),
+        ({"clients": 0}, "--clients: 0 must be at least 1"),
+        ({"arrivals": "burst"}, "--arrivals burst: needs --rate"),
+        ({"arrivals": "weekly"}, "--arrivals: weekly is none of poisson, burst, constant, and no file"),
+    ],
+)
+def test_a_wrong_workload_is_refused_by_its_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BenchError) as error:
+        workload(**options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "protocol", "message"),
+    [
+        ("http://a", "tcp", "--protocol: 'tcp' is not one of openai, http, grpc, in-process"),
+        ("ftp://a", None, "begins with http://"),
+        ("http://a:1", "grpc", "needs the gRPC port"),
+        ("http://a:1", "in-process", "needs a bundle"),
+        ("somewhere", "http", "needs a URL"),
+    ],
+)
+def test_a_target_that_does_not_fit_its_protocol_is_refused(target: str, protocol: str, message: str) -> None:
+    with pytest.raises(BenchError) as error:
+        address_of(target, protocol)
+    assert message in str(error.value)
+
+
+def test_arrivals_have_their_rate_and_their_shape() -> None:
+    """Poisson: gaps as long as they vary. Bursts: several at once. Both at the rate asked for, and the same again."""
+    wanted = workload(rate=500, warmup_s=0, seconds=100)
+    times, _ = wanted.schedule()
+    gaps = np.diff(times)
+    assert len(times) / 100 == pytest.approx(500, rel=0.02)
+    assert gaps.std() / gaps.mean() == pytest.approx(1, abs=0.03)
+    assert np.array_equal(times, wanted.schedule()[0])
+    bursts, _ = workload(rate=500, arrivals="burst", burst=10, warmup_s=0, seconds=100).schedule()
+    assert len(bursts) / 100 == pytest.approx(500, rel=0.05)
+    assert np.unique(np.unique(bursts, return_counts=True)[1]).tolist() == [10]
+
+
+def test_kinds_come_by_their_weights() -> None:
+    _, kinds = workload("steps=1:3, steps=4:1", rate=1000, seconds=50).schedule()
+    assert (kinds == 0).mean() == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_trace_is_replayed_and_may_be_scaled(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text('10.0\n{"at": 10.5, "steps": 4}\n{"at": 12, "steps": 4}\n{"at": 11.0, "n": 2}\n')
+    replayed = workload(arrivals=str(file), warmup_s=0, seconds=10)
+    times, kinds = replayed.schedule()
+    assert times.tolist() == [0.0, 0.5, 1.0, 2.0]
+    assert [replayed.kinds[i].name for i in kinds] == ["all", "steps=4", "n=2", "steps=4"]
+    faster = workload(arrivals=str(file), rate=8.0, warmup_s=0, seconds=10)
+    assert faster.schedule()[0].tolist() == [0.0, 0.125, 0.25, 0.5]
+    file.write_text("1.0\nsoon\n")
+    with pytest.raises(BenchError, match="line 2: 'soon' is not a number of seconds"):
+        workload(arrivals=str(file))
+
+
+# --- the command
+
+
+def test_the_command_writes_reports_and_compares_them(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    def fewstep(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "fewstep.cli", "bench", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    load = ("--clients", "8", "--seconds", "2", "--warmup", "0.2", "--threads", "1")
+    slow = fewstep(make_bundle(), *load, "--simulate", "20+0.1", "--json", "slow.json", "--html", "slow.html")
+    fast = fewstep(make_bundle(), *load, "--simulate", "5+0.1", "--json", "fast.json")
+    assert slow.returncode == fast.returncode == 0, slow.stderr + fast.stderr
+    assert "SIMULATED" in slow.stdout
+    assert "SIMULATED" in (tmp_path / "slow.html").read_text()
+    assert "20 + 0.1 n ms a network call" in dict(facts(load_one(tmp_path / "slow.json")))["SIMULATED"]
+    better = fewstep("compare", "slow.json", "fast.json")
+    worse = fewstep("compare", "fast.json", "slow.json")
+    assert (better.returncode, worse.returncode) == (0, 1), better.stdout + better.stderr
+    assert "better" in better.stdout
+    assert "SIMULATED" in better.stdout
+    refused = fewstep("--rate", "x")
+    assert refused.returncode == 2
+    lost = fewstep("compare", "fast.json", "none.json")
+    assert (lost.returncode, lost.stderr.strip()) == (
+        2,
+        "fewstep: none.json: cannot be read: No such file or directory",
+    )
+
+
+def load_one(file: Path) -> Round:
+    (made,) = load(file)
+    return made
