@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -95,6 +96,7 @@ class Engine:
         self.weight = weight
         self.counters = Counters()
         self.pace = Pace()
+        self.recent: deque[tuple[float, float, int]] = deque(maxlen=1024)  # ticks: start, end, rows
         self.others_s = 0.0  # since its last tick: the turns of others; told by who calls step()
         self.on_submit: Callable[[], None] = lambda: None  # wakes whoever calls step()
         shape = bundle.manifest.sample_shape
@@ -341,6 +343,7 @@ class Engine:
             self._update(slice(0, rows), raw)
             outputs = len(raw)
         now_s = time.monotonic()
+        self.recent.append((start_s, now_s, rows))
         self._harvest(now_s)
         self.counters.ticks += 1
         self.counters.row_steps += rows
@@ -504,7 +507,7 @@ class Engine:
                 done.queue_s += queue_s
                 done.run_s += run_s
                 done.last_s = now_s
-            ticket.future.set_result(Sample(pixels[i], ticket.request, queue_s, run_s))
+            ticket.future.set_result(Sample(pixels[i], ticket.request, queue_s, run_s, now_s))
 
     def _fail_running(self, error: Exception) -> None:
         tickets = list(self._slots.tickets)

@@ -52,6 +52,7 @@ class Sample:
     request: Request  # with the table that was taken
     queue_s: float  # from submission to the first network call
     run_s: float  # from the first network call to the last update
+    ended_s: float = 0.0  # on time.monotonic()
 
     @property
     def num_steps(self) -> int:

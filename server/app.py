@@ -1,6 +1,7 @@
 """The application: its routes, and what they share.
 
 POST /v1/images/generations    samples, as OpenAI's clients ask for them
+     /v1/jobs                  the same without waiting; see `jobs`
 GET  /v1/models                the students, with their labels and tables
      /v2/...                   the Open Inference Protocol; see `kserve`
 POST, GET, DELETE /v2/models/{model}/tables    tables that are loaded into a student
@@ -9,6 +10,7 @@ GET  /metrics                  for Prometheus
 GET  /                         a page to try it
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ from ..runtime import Engine
 from .bodies import answer_nobody, read_body
 from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
 from .generation import ClientGone
-from .images import ImageRequest, ImageResponse, generate_images
+from .images import ImageRequest, ImageResponse, generate_images, start_job
 from .kserve import add_routes
 from .metrics import registry_of
 from .service import Service
@@ -61,11 +63,37 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         data = [_describe(engine, service) for engine in service.engines.values()]
+        data += [_describe_alias(name, parts, service.started_s) for name, parts in service.aliases.items()]
         return {"object": "list", "data": data}
 
     @app.get("/v1/models/{model}")
     async def model(model: str) -> dict[str, Any]:
+        if model in service.aliases:
+            return _describe_alias(model, service.aliases[model], service.started_s)
         return _describe(engine_of(model), service)
+
+    @app.post("/v1/jobs", status_code=202)
+    async def post_job(request: Request) -> Response:
+        return await start_job(request, service, None)
+
+    @app.put("/v1/jobs/{job}", status_code=202)
+    async def put_job(job: str, request: Request) -> Response:
+        return await start_job(request, service, job)
+
+    @app.get("/v1/jobs")
+    async def jobs() -> dict[str, Any]:
+        return {"object": "list", "data": [job.describe(is_whole=False) for job in service.jobs.all()]}
+
+    @app.get("/v1/jobs/{job}")
+    async def get_job(job: str) -> dict[str, Any]:
+        return service.jobs.find(job).describe()
+
+    @app.post("/v1/jobs/{job}/cancel")
+    @app.delete("/v1/jobs/{job}")
+    async def cancel_job(job: str) -> dict[str, Any]:
+        found = service.jobs.cancel(job)
+        await asyncio.sleep(0)  # so that its task has ended
+        return found.describe()
 
     def engine_of(model: str) -> Engine:
         engine = service.engines.get(model)
@@ -133,6 +161,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
         }
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _describe_alias(name: str, parts: dict[str, float], created: int) -> dict[str, Any]:
+    """The entry of an alias: what it stands for, and no tables of its own."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "fewstep", "alias_of": parts}
 
 
 def _describe(engine: Engine, service: Service) -> dict[str, Any]:

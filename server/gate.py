@@ -52,6 +52,7 @@ class HttpGate:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._keys = app, service.keys
+        self._traces = service.traces
         self._is_logging = service.settings.access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +81,12 @@ class HttpGate:
             if self._keys:
                 caller = _caller(self._keys, scope)
                 CALLER.set(caller)
-            await self._app(scope, receive, answer)
+            if self._traces is None:
+                await self._app(scope, receive, answer)
+            else:
+                with self._traces.request(f"{scope['method']} {scope['path']}", _headers(scope), name) as tell:
+                    await self._app(scope, receive, answer)
+                    tell(status)
         except ApiError as error:
             await error.response(is_plain=scope["path"].startswith("/v2"))(scope, receive, answer)
         finally:
@@ -92,8 +98,11 @@ def _caller(keys: Keys, scope: Scope) -> Caller:
     path, is_reading = scope["path"], scope["method"] in _READING
     if is_reading and _OPEN.fullmatch(path):
         return ANYBODY
-    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-    return keys.caller(headers, needs_admin=not is_reading and not _FOR_ALL.fullmatch(path))
+    return keys.caller(_headers(scope), needs_admin=not is_reading and not _FOR_ALL.fullmatch(path))
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
 def caller_of_call(keys: Keys, method: str, metadata: Mapping[str, str]) -> Caller:

@@ -49,9 +49,9 @@ def engine_of(service: Service, model: str | None = None, version: str | None = 
         ApiError: it is not served, or not in this version.
     """
     name = model or service.default
-    engine = service.engines.get(name) if name is not None else None
+    engine = service.engine(name) if name is not None else None
     if engine is None:
-        served = ", ".join(service.engines) or "none"
+        served = ", ".join([*service.engines, *service.aliases]) or "none"
         raise ApiError(
             404, f"model: {model!r} is not served; there is: {served}", param="model", code="model_not_found"
         )
@@ -75,9 +75,17 @@ async def make(service: Service, engine: Engine, requests: Sequence[Request], an
     Raises:
         ApiError: a request was refused or failed; the others of this call are cancelled.
     """
+    return await answered(service, engine, submit(service, engine, requests), answer)
+
+
+async def answered(
+    service: Service, engine: Engine, futures: Sequence[Future[Sample]], answer: Callable[[list[Sample]], T]
+) -> T:
+    """The second half of `make`, for futures from `submit`."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
-    futures = _submit(service, engine, requests)
+    if service.traces:
+        answer = service.traces.around(engine, answer)
     unfinished = count(len(futures) - 1, -1)  # its steps are atomic, wherever futures end
 
     def fail(error: BaseException) -> None:
@@ -135,7 +143,7 @@ def follow(
         if not future.cancelled():
             tell(i, future.exception() or future.result())
 
-    futures = _submit(service, engine, requests, on_preview)
+    futures = submit(service, engine, requests, on_preview)
     for i, future in enumerate(futures):
         future.add_done_callback(partial(on_done, i))
 
@@ -146,7 +154,10 @@ def follow(
                 i, event = await events.get()
                 if isinstance(event, BaseException):
                     raise _end_of(event)
-                missing -= isinstance(event, Sample)
+                if isinstance(event, Sample):
+                    missing -= 1
+                    if service.traces:
+                        service.traces.record(engine, [event])
                 yield i, event
         finally:
             _cancel(futures)
@@ -197,12 +208,17 @@ def draining() -> ApiError:
     return ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
 
 
-def _submit(
+def submit(
     service: Service,
     engine: Engine,
     requests: Sequence[Request],
     on_preview: Callable[[int, Preview], None] | None = None,
 ) -> list[Future[Sample]]:
+    """Put the requests of the current caller in line; see `Engine.submit`.
+
+    Raises:
+        ApiError: they were refused.
+    """
     if service.is_draining:
         raise draining()
     caller = CALLER.get()

@@ -8,7 +8,8 @@ import base64
 import difflib
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
@@ -24,7 +26,7 @@ from ..runtime.call import deadline_after, refuse_too_many, request_of, some_see
 from ..runtime.pictures import ImageFormat, encode
 from .bodies import EventStream, Json, read_body
 from .errors import ApiError, refusals
-from .generation import engine_of, evenly, follow, image_limit, make, unless_gone
+from .generation import answered, engine_of, evenly, follow, image_limit, make, submit, unless_gone
 from .service import Service
 
 _NAMES = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -120,6 +122,31 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
     except ApiError as error:
         raise error.renamed(_NAMES) from None
     return Json(body)
+
+
+async def start_job(http: HttpRequest, service: Service, name: str | None) -> Response:
+    """Begin the work of a generation request, and answer with the job.
+
+    Raises:
+        ApiError: it cannot be answered; nothing of it was kept.
+    """
+    arrived_s = time.perf_counter()
+    body = await read_body(http, service.settings.max_body_bytes)
+    asked = _parse(body)
+    if asked.stream:
+        raise ApiError(400, "stream: a job is not streamed; leave it out", param="stream")
+
+    def begin() -> tuple[Engine, list[Future[Sample]], Coroutine[Any, Any, bytes]]:
+        engine = engine_of(service, asked.model)
+        futures = submit(service, engine, _requests(service, engine, asked))
+        answer = partial(_answer, engine, asked, arrived_s)
+        return engine, futures, answered(service, engine, futures, answer)
+
+    try:
+        job, is_new = service.jobs.start(body, name, begin)
+    except ApiError as error:
+        raise error.renamed(_NAMES) from None
+    return JSONResponse(job.describe(), 202 if is_new else 200, {"Location": f"/v1/jobs/{job.id}"})
 
 
 def _parse(body: bytes) -> ImageRequest:

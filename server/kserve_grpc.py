@@ -97,6 +97,7 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
     def __init__(self, service: Service) -> None:
         self._keys = service.keys
         self._is_logging = service.settings.access_log
+        self._traces = service.traces
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """The handler of a call; a call that is refused gets one that says so."""
@@ -123,7 +124,10 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
                 context.set_trailing_metadata((("x-request-id", name),))
                 if refusal:
                     await _abort(context, refusal)
-                return await handler.unary_unary(request, context)
+                if self._traces is None:
+                    return await handler.unary_unary(request, context)
+                with self._traces.request(details.method, metadata, name):
+                    return await handler.unary_unary(request, context)
             finally:
                 over(context)
 

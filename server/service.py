@@ -7,6 +7,7 @@ threads of their own while the engine makes the next samples.
 import asyncio
 import json
 import logging
+import random
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,9 +18,11 @@ from ..runtime.bundle import MANIFEST
 from ..runtime.simulated import Cost, simulated
 from .encoders import Encoders
 from .errors import ApiError
+from .jobs import Jobs
 from .keys import Keys
 from .settings import Settings, SettingsError
 from .tables import TablesFolder
+from .traces import Traces
 
 log = logging.getLogger("fewstep")
 
@@ -38,6 +41,11 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.keys = Keys(settings.api_keys)
+        self.jobs = Jobs(settings)
+        self.traces: Traces | None = None
+        if settings.otlp_endpoint is not None:
+            self.traces = Traces(settings.otlp_endpoint, ratio=settings.trace_ratio)
+        self.aliases: dict[str, dict[str, float]] = {}  # parts of the requests by student
         self.engines: dict[str, Engine] = {}
         self._sources: dict[str, str] = {}  # where each student, served or unloaded, was loaded from
         self._loading = asyncio.Lock()
@@ -47,6 +55,8 @@ class Service:
                 raise ValueError(f"bundles: two students are called {bundle.name}; give each bundle its own name")
             self.engines[bundle.name] = self._engine(bundle)
             self._sources[bundle.name] = source
+        for name, parts in settings.aliases.items():
+            self._alias(name, {parts: 1.0} if isinstance(parts, str) else parts)
         self.started_s = int(time.time())
         self.is_draining = False
         self.encoders = Encoders(settings.encoders)
@@ -69,6 +79,8 @@ class Service:
             self._tables.stop()
         self._thread.stop()
         self.encoders.stop()
+        if self.traces:
+            self.traces.stop()
 
     @property
     def simulated(self) -> str | None:
@@ -80,18 +92,56 @@ class Service:
         """The student of requests that name none: the first one served."""
         return next(iter(self.engines), None)
 
+    def engine(self, name: str) -> Engine | None:
+        """The engine of a student, or of one of an alias's students, drawn by their parts."""
+        engine = self.engines.get(name)
+        if engine is None and name in self.aliases:
+            parts = {student: part for student, part in self.aliases[name].items() if student in self.engines}
+            if sum(parts.values()) > 0:
+                return self.engines[random.choices(list(parts), list(parts.values()))[0]]
+        return engine
+
+    def _alias(self, name: str, parts: Any) -> None:
+        """Answer to another name.
+
+        Raises:
+            SettingsError: the parts are none.
+        """
+        if name in self.engines:
+            raise SettingsError(f"aliases.{name}: a student is called that")
+        if not isinstance(parts, dict) or not parts:
+            raise SettingsError(f"aliases.{name}: a student, or students with the parts of the requests they get")
+        for student, part in parts.items():
+            if student not in self.engines:
+                raise SettingsError(f"aliases.{name}: {str(student)[:80]} is not served")
+            if type(part) not in (int, float) or not 0 <= part < float("inf"):
+                raise SettingsError(f"aliases.{name}: the part of {student} is a number from 0 on")
+        if sum(parts.values()) <= 0:
+            raise SettingsError(f"aliases.{name}: one of the parts must be above 0")
+        self.aliases = {**self.aliases, name: {student: float(part) for student, part in parts.items()}}
+
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Load a student, or load it again; requests under way are finished by the engine that accepted them.
 
         Args:
             name: what it is called.
             parameters: ``config``, JSON text whose ``bundle`` is a folder within the repository. Left out, the student
-                comes from where it came from before, or from the repository's folder of its name.
+                comes from where it came from before, or from the repository's folder of its name. With ``alias``
+                instead, students and their parts of the requests, the name becomes an alias of them.
 
         Raises:
             ApiError: there is no such bundle, or it cannot be served; nothing was changed.
         """
+        alias = _alias_of(parameters)
+        if alias is not None:
+            try:
+                self._alias(name, alias)
+            except SettingsError as error:
+                raise ApiError(400, f"config: {error}", param="config", code="alias_refused") from None
+            return
         source = self._source(name, parameters)
+        if name in self.aliases:
+            raise ApiError(400, f"{name[:80]}: is an alias; unload it first", param="model", code="bundle_refused")
         async with self._loading:
             try:
                 engine = await asyncio.to_thread(self._loaded, source)
@@ -122,6 +172,9 @@ class Service:
         Raises:
             ApiError: it is not served.
         """
+        if name in self.aliases:
+            self.aliases = {other: parts for other, parts in self.aliases.items() if other != name}
+            return
         engine = self.engines.pop(name, None)
         if engine is None:
             raise ApiError(404, f"model: {name[:80]!r} is not served", param="model", code="model_not_found")
@@ -138,6 +191,9 @@ class Service:
             if name in self.engines
             else {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
             for name in names
+        ] + [
+            {"name": name, "version": "", "state": "READY", "reason": f"alias of {', '.join(parts)}"}
+            for name, parts in self.aliases.items()
         ]
 
     def _source(self, name: str, parameters: Mapping[str, Any]) -> str:
@@ -176,6 +232,7 @@ class Service:
             threads=settings.threads,
             backend=backend,
             ageing_s=settings.ageing_s,
+            weight=settings.student_weights.get(bundle.name, 1.0),
         )
         engine.warm_up()
         return engine
@@ -189,3 +246,13 @@ class Service:
     def is_ready(self) -> bool:
         """Whether new requests are welcome."""
         return self._thread.is_alive and not self.is_draining
+
+
+def _alias_of(parameters: Mapping[str, Any]) -> Any:
+    """The ``alias`` of a load's ``config``; None when there is none."""
+    try:
+        config = json.loads(parameters.get("config", "{}"))
+    except (ValueError, TypeError):
+        return None
+    alias = config.get("alias") if isinstance(config, dict) else None
+    return {alias: 1.0} if isinstance(alias, str) else alias

@@ -21,7 +21,7 @@ from .logs import LogFormat
 PREFIX = "FEWSTEP_"
 SECRETS = {"API_KEY": False, "ADMIN_KEY": True}  # keys themselves, in the environment only; whether for an admin
 _LISTS = ("bundles", "cors_origins")  # in the environment: with commas between
-_TABLES = ("api_keys",)  # in the environment: as JSON
+_TABLES = ("api_keys", "aliases", "student_weights")  # in the environment: as JSON
 
 
 class SettingsError(ValueError):
@@ -40,17 +40,21 @@ class Settings(BaseModel):
     grpc_port: int | None = Field(default=None, ge=0, le=65535)  # None: the next one after port; 0: any free port
     repository: Path | None = None  # folder of bundles that clients may load; None: only reload what is served
     tables_folder: Path | None = None  # whose tables are served too, as they come and go; see tables
+    aliases: dict[str, str | dict[str, float]] = {}  # other names: of a student, or of several with their parts
     # Work
     max_rows: int = Field(default=16, ge=1, le=4096)  # rows that run together, per student
     threads: int | None = Field(default=None, ge=1)  # CPU threads of one network call; None: all cores
     simulate: str | None = None  # "A+B": a simulated accelerator, whose call on n rows takes A + B n ms
     encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
+    student_weights: dict[str, float] = {}  # shares of the device where several students have work; else 1
     # Limits
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
     max_waiting_pixels: int = Field(default=1 << 28, ge=1)  # and their pixels
     max_images: int = Field(default=64, ge=1)  # n of one request
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
+    max_jobs: int = Field(default=1000, ge=1)  # under way or finished
+    job_ttl_s: float = Field(default=600.0, gt=0)  # for which a finished job is kept
     drain_timeout_s: float = Field(default=30.0, gt=0)  # for accepted requests, after SIGTERM
     # Who may call
     api_keys: dict[str, ApiKey] = {}  # by the caller's name; none: everybody
@@ -58,8 +62,10 @@ class Settings(BaseModel):
     cors_origins: tuple[str, ...] = ()  # pages of these may call from a browser; "*" for all
     tls_certfile: Path | None = None  # PEM, with the chain; for HTTP and gRPC
     tls_keyfile: Path | None = None  # PEM
-    # Logs
+    # Logs and traces
     log_format: LogFormat = "text"
+    otlp_endpoint: str | None = None  # an OpenTelemetry collector's URL for traces over HTTP
+    trace_ratio: float = Field(default=1.0, ge=0, le=1)  # of the requests whose caller does not say
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     access_log: bool = False
 
@@ -132,10 +138,13 @@ class Settings(BaseModel):
             if value is None:
                 lines.append(f"# {name} is not set")
             elif isinstance(value, dict):
-                for key, item in value.items():
-                    entries = item.items() if isinstance(item, dict) else ()
+                plain = {key: item for key, item in value.items() if not isinstance(item, dict)}
+                tables += [f"\n[{name}]"] if plain else []
+                tables += [f"{json.dumps(key)} = {_toml(item)}" for key, item in plain.items()]
+                for key in value.keys() - plain.keys():
                     tables.append(f"\n[{name}.{json.dumps(key)}]")
-                    tables += [f"{field} = {_toml(entry)}" for field, entry in entries if entry is not None]
+                    entries = value[key].items()
+                    tables += [f"{json.dumps(field)} = {_toml(one)}" for field, one in entries if one is not None]
             else:
                 lines.append(f"{name} = {_toml(value)}")
         return "\n".join([*lines, *tables]) + "\n"
