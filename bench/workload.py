@@ -201,7 +201,8 @@ def _named(fields: Mapping[str, Any]) -> str:
 
 def _kind(name: str, weight: Any, fields: Mapping[str, Any], where: str) -> Kind:
     typed: dict[str, Any] = {}
-    for field_name, value in {**fields, "weight": weight}.items():
+    for field_name, given in {**fields, "weight": weight}.items():
+        value = given
         try:
             if field_name in _WHOLE:
                 value = int(value)
@@ -211,7 +212,7 @@ def _kind(name: str, weight: Any, fields: Mapping[str, Any], where: str) -> Kind
                     raise ValueError
         except (TypeError, ValueError):
             kind = "a whole number" if field_name in _WHOLE else "a number above 0"
-            raise BenchError(f"{where}: {name}: {field_name} is {value!r}, must be {kind}") from None
+            raise BenchError(f"{where}: {name}: {field_name} is {given!r}, must be {kind}") from None
         typed[field_name] = value
     if typed.get("n", 1) < 1:
         raise BenchError(f"{where}: {name}: n is {typed['n']}, at least one image is needed")

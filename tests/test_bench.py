@@ -4,7 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,46 +47,47 @@ def measured(url: str, load: Workload) -> Round:
 # --- true percentiles
 
 
-@pytest.mark.parametrize("attempts", [3])
-@pytest.mark.parametrize(("slow", "slow_every"), [(0.15, 0), (0.4, 4)], ids=["fixed", "bimodal"])
-def test_percentiles_of_known_service_times_are_within_2_percent(slow: float, slow_every: int, attempts: int) -> None:
-    """Against what was asked of the server, and what it gave; a machine that stalls gets another attempt."""
-    wanted = workload(rate=40, warmup_s=0.5, seconds=4)
-    for attempt in range(attempts):
-        with synthetic(fast=0.15, slow=slow, slow_every=slow_every) as (url, end):
-            told = measured(url, wanted)["total"]["latency_ms"]
-            gave = 1000 * np.array(end())
-        known = {"p50": 150.0, "p90": 1000 * slow, "p95": 1000 * slow}
-        given = {f"p{p}": float(np.percentile(gave, p)) for p in (50, 90, 95)}
-        off = max(abs(told[name] / truth[name] - 1) for truth in (known, given) for name in known)
-        if off < 0.02 or attempt == attempts - 1:
-            assert off < 0.02, (told, known, given)
+def is_quiet(made: Round, given_ms: Sequence[float] = (), known_ms: Sequence[float] = ()) -> bool:
+    """Whether the machine itself kept to the times: requests left on time, and the server slept as told."""
+    kept = all(abs(given / known - 1) < 0.01 for given, known in zip(given_ms, known_ms, strict=True))
+    return kept and made["generator"]["late_p99_ms"] < 8
+
+
+@pytest.mark.parametrize(("slow", "slow_every"), [(0.6, 0), (1.5, 4)], ids=["fixed", "bimodal"])
+def test_percentiles_of_known_service_times_are_within_2_percent(slow: float, slow_every: int) -> None:
+    """In a round in which the machine let anybody know service times that well; four are tried.
+
+    The times are long, since a busy machine costs milliseconds.
+    """
+    known = [600.0, 1000 * slow, 1000 * slow]
+    for _ in range(4):
+        with synthetic(fast=0.6, slow=slow, slow_every=slow_every) as (url, end):
+            made = measured(url, workload(rate=40, warmup_s=0.5, seconds=4))
+            given = np.percentile(1000 * np.array(end()), (50, 90, 95)).tolist()
+        if is_quiet(made, given, known):
+            told = made["total"]["latency_ms"]
+            assert [told["p50"], told["p90"], told["p95"]] == pytest.approx(known, rel=0.02)
             return
+    pytest.skip("this machine did not keep to times for four seconds")
 
 
-@pytest.mark.parametrize("attempts", [3])
-def test_a_stalled_server_is_charged_for_all_who_would_have_come(attempts: int) -> None:
+def test_a_stalled_server_is_charged_for_all_who_would_have_come() -> None:
     """A queue with one server, constant arrivals and one long service has latencies in closed form (Lindley)."""
-    stall, seconds = 1.2, 6.0
-    wanted = workload(rate=30, arrivals="constant", warmup_s=0, seconds=seconds)
-    times, _ = wanted.schedule()
-    assert len(times) == 30 * seconds
+    stall, load_ = 1.2, workload(rate=30, arrivals="constant", warmup_s=0, seconds=3.9)
     free, latencies = 0.0, []
-    for number, at in enumerate(times.tolist()):
+    for number, at in enumerate(load_.schedule()[0].tolist()):
         free = max(free, at) + (stall if number + 1 == 60 else 0.02)
         latencies.append(1000 * (free - at))
-    for attempt in range(attempts):
+    expected = np.percentile(latencies, (90, 95, 99)).tolist()
+    assert expected[0] > 20 * np.percentile([20.0] * 116 + [1200.0], 90)  # what counting from the sending would say
+    for _ in range(4):
         with synthetic(fast=0.02, slow=stall, slow_every=60, serial=True) as (url, _):
-            # The one request before the clock is number 0; of the next, 60 and 120 and 180 are slow.
-            told = measured(url, workload(rate=30, arrivals="constant", warmup_s=0, seconds=3.9))["total"]
-        expected = np.array(latencies)[: round(30 * 3.9)]
-        found = told["latency_ms"]
-        off = max(abs(found[f"p{p}"] / np.percentile(expected, p) - 1) for p in (90, 95, 99))
-        if off < 0.02 or attempt == attempts - 1:
-            assert off < 0.02, (found, [np.percentile(expected, p) for p in (90, 95, 99)])
-            break
-    naive = np.percentile([20.0] * 116 + [1200.0], 90)
-    assert found["p90"] > 20 * naive
+            made = measured(url, load_)
+        if is_quiet(made):
+            told = made["total"]["latency_ms"]
+            assert [told["p90"], told["p95"], told["p99"]] == pytest.approx(expected, rel=0.02)
+            return
+    pytest.skip("this machine did not keep to times for four seconds")
 
 
 def test_a_closed_loop_obeys_littles_law() -> None:
