@@ -1,4 +1,4 @@
-"""The command line: ``fewstep serve | bench | key | generate | inspect | train | fit | table | export | demo``.
+"""The command line: ``fewstep serve | bench | key | generate | inspect | train | fit | table | export | triton | demo``.
 
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
@@ -43,6 +43,8 @@ benchmarks = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(benchmarks, name="bench")
+triton = typer.Typer(help="Serve a repository that `export --triton` wrote on a Triton server.", no_args_is_help=True)
+app.add_typer(triton, name="triton")
 
 T = TypeVar("T")
 BundleArgument = Annotated[str | None, typer.Argument(help="A folder, or the name of an embedded bundle.")]
@@ -508,11 +510,29 @@ def export(
         bool, typer.Option("--sampler", help="--tensorrt: the whole sampler too, as one engine.")
     ] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="--tensorrt: file of measured kernel times.")] = None,
+    repository: Annotated[
+        Path | None, typer.Option("--triton", help="BUNDLE: write it into this model repository.")
+    ] = None,
+    variant: Annotated[str, typer.Option(help="--triton: inflight, iterative or loop.")] = "inflight",
+    decoupled: Annotated[bool, typer.Option("--decoupled", help="--triton: with previews, for streams only.")] = False,
+    max_rows: Annotated[int, typer.Option(min=1, help="--triton: samples that run together in an instance.")] = 16,
+    instances: Annotated[int, typer.Option(min=1, help="--triton: processes that run the student.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="--triton: CPU threads of one network call.")] = None,
 ) -> None:
-    """Turn a trained network into a bundle, or add precisions and TensorRT engines to a bundle.
+    """Turn a trained network into a bundle, add precisions and TensorRT engines to one, or give one to Triton.
 
     With --precision a bundle gets precisions/*.onnx and parity.json, which holds each against float32 step by step.
     """
+    if repository is not None:
+        from .deploy.triton_repository import VARIANTS, write_model
+        from .runtime import Bundle
+
+        folder = write_model(
+            Bundle.load(source), repository, variant=_one_of("--variant", variant, VARIANTS), name=name,
+            is_decoupled=decoupled, max_rows=max_rows, instances=instances, threads=threads, replace=replace,
+        )  # fmt: skip
+        print(f"{folder}: written. To try it: fewstep triton check {repository} && fewstep triton serve {repository}")
+        return
     _need_torch("export")
     if tensorrt or precision is not None:
         _export_more(source, output, tensorrt, precision or "float16", flavour, batch, target, sampler, timing_cache)
@@ -578,6 +598,69 @@ def _export_more(
         size = (out / name).stat().st_size
         where = ", ".join(engine.targets) or "any GPU that this TensorRT knows"
         print(f"{out}: {name}: {size:,} bytes by TensorRT {engine.version} for {where}; not run on a GPU yet")
+
+
+TritonFolder = Annotated[Path | None, typer.Option("--environment", help="Its folder; in the user's cache.")]
+RepositoryArgument = Annotated[Path, typer.Argument(help="Folder that `fewstep export BUNDLE --triton` wrote.")]
+
+
+@triton.command("setup")
+def triton_setup(
+    folder: Annotated[Path | None, typer.Argument(help="Its folder; left out, in the user's cache.")] = None,
+) -> None:
+    """Install a Triton server and what students need in it, in a folder of its own."""
+    from .deploy.triton_server import Environment
+
+    environment = Environment(folder.absolute()) if folder else Environment.default()
+    environment.make()
+    print(f"{environment.folder}: a Triton server, ready")
+
+
+@triton.command("serve")
+def triton_serve(
+    repository: RepositoryArgument,
+    arguments: Annotated[list[str] | None, typer.Argument(help="After --: arguments of tritonserver's own.")] = None,
+    environment: TritonFolder = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of HTTP.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="Port of gRPC.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="Port of the metrics.")] = 8002,
+) -> None:
+    """Serve a repository on a Triton server here, until Ctrl-C."""
+    import os
+
+    from .deploy.triton_server import Environment, read_repository
+
+    server = Environment(environment.absolute()) if environment else Environment.default()
+    read_repository(repository)
+    server.refuse_unready()
+    where = [f"--http-address={host}", f"--grpc-address={host}", f"--metrics-address={host}"]
+    where += [f"--http-port={port}", f"--grpc-port={grpc_port}", f"--metrics-port={metrics_port}"]
+    command = server.command(repository, [*where, *(arguments or [])])
+    os.execve(command[0], command, server.variables())
+
+
+@triton.command("check")
+def triton_check(
+    repository: RepositoryArgument,
+    environment: TritonFolder = None,
+    url: Annotated[str | None, typer.Option(help="HOST:PORT of gRPC, to ask a server that runs already.")] = None,
+) -> None:
+    """Start a Triton server on a repository, ask it, and hold every pixel against the engine's.
+
+    Exit status 2 where one is another, or the repository cannot be served.
+    """
+    from .deploy.triton_server import Environment, check
+
+    server = Environment(environment.absolute()) if environment else Environment.default()
+    wrong = []
+    for model, verdict in check(repository, None if url else server, url):
+        how = f"{model.variant}, decoupled" if model.is_decoupled else model.variant
+        told = f"{verdict.alone} alone and {verdict.together} at once of {verdict.asked} requests have the right pixels"
+        print(f"{model.name} ({how}): {told}", flush=True)
+        wrong += [] if verdict.is_right else [model.name]
+    if wrong:
+        _stop(f"{', '.join(wrong)}: not the pixels of the engine")
 
 
 @app.command()

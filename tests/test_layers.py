@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {"kernels": 1, "runtime": 2, "export": 3, "training": 4, "server": 4, "bench": 4, "cli": 5}
+FLOORS = {"kernels": 1, "runtime": 2, "export": 3, "training": 4, "server": 4, "bench": 4, "deploy": 5, "cli": 6}
 TRAINING_ONLY = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "accelerate", "datasets", "diffusers"}
 SOURCES = sorted(
     path.relative_to(ROOT)

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("kernels", "runtime", "export", "training", "server", "bench")
+PARTS = ("kernels", "runtime", "export", "training", "server", "bench", "deploy")
 NOT_SOURCE = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "runs")
 
 

@@ -1,0 +1,335 @@
+"""What Triton's Python backend runs: a student, in one of three ways.
+
+    inflight    execute() hands the requests to an engine in a thread of its own and returns; each is answered when its
+                images are done. A request joins the running batch at its next step.
+    loop        execute() runs its batch to the end. Requests that come meanwhile wait for the longest of the batch.
+    iterative   execute() is one step of all rows; Triton itself puts the unfinished requests back in line
+                (iterative sequences). A request joins at the next step, and each step pays for Triton's scheduling.
+
+All three are the engine of `runtime.engine`, so the pixels are the same to the bit, and the same as the server's. What
+a call means stands in `runtime.call`. Triton's own queue is in front: with its priorities and timeouts for the first
+two, without them for sequences.
+"""
+
+import base64
+import json
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb  # Triton's; it exists in its processes alone
+
+from ..runtime import Bundle, DeadlineExpired, Engine, EngineThread, Preview, QueueFull, Request, Sample
+from ..runtime.call import INPUTS, NAMES, CallError, in_words, outputs_of, requests_of
+
+_FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_AGAIN = pb.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE
+
+
+class Call:
+    """One of Triton's requests, understood: its images, and what is to be answered.
+
+    Args:
+        student: the model.
+        request: Triton's.
+
+    Raises:
+        CallError: it cannot be answered.
+    """
+
+    def __init__(self, student: "Student", request: Any) -> None:
+        parameters = json.loads(request.parameters() or "{}")
+        if request.timeout():
+            parameters["timeout"] = request.timeout()
+        if "text_input" in parameters:  # as Triton's generate calls it
+            parameters["prompt"] = parameters.pop("text_input")
+        tensors = {
+            tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs() if tensor.name() in INPUTS
+        }
+        self.requests, self.preview_every = requests_of(student.engine, tensors, parameters, student.max_images)
+        if not student.is_decoupled and self.preview_every:
+            raise CallError("preview_every: this model answers once; export it with --decoupled", "preview_every")
+        self.wanted = tuple(request.requested_output_names())
+        self.futures: list[Future[Sample]] = []
+        self.previews: list[tuple[int, Preview]] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every image came to an end."""
+        return all(future.done() for future in self.futures)
+
+    def cancel(self) -> None:
+        """Its images are not wanted any more."""
+        for future in self.futures:
+            future.cancel()
+
+    def wants(self, preview: Preview) -> bool:
+        """Whether a preview was asked for."""
+        return self.preview_every > 0 and preview.step % self.preview_every == 0
+
+    def answer(self) -> Any:
+        """All images as one response."""
+        try:
+            samples = [future.result() for future in self.futures]
+        except BaseException as error:
+            return _refusal(error)
+        return self._response(samples, 0)
+
+    def end(self, i: int) -> Any:
+        """One image that came to its end, as a response of its own."""
+        try:
+            return self.event(i, self.futures[i].result())
+        except BaseException as error:
+            return _refusal(error)
+
+    def event(self, i: int, image: Preview | Sample) -> Any:
+        """One image or preview as a response of its own."""
+        step = image.step if isinstance(image, Preview) else image.request.tableau.num_steps
+        extra = {
+            "INDEX": np.array([[i]], np.int32),
+            "STEP": np.array([[step]], np.int32),
+            "IS_PREVIEW": np.array([[isinstance(image, Preview)]], np.bool_),
+        }
+        return self._response([image], i, extra)
+
+    def _response(self, images: Sequence[Preview | Sample], i: int, extra: dict[str, Any] | None = None) -> Any:
+        seeds = [request.seed for request in self.requests[i : i + len(images)]]
+        made = outputs_of(images, seeds, [name for name in ("IMAGE", "SEED") if name in self.wanted])
+        if "PNG_BASE64" in self.wanted:
+            pngs = outputs_of(images, seeds, ["PNG"])["PNG"]
+            made["PNG_BASE64"] = np.array([[base64.b64encode(png[0])] for png in pngs], np.object_)
+        made |= {name: array for name, array in (extra or {}).items() if name in self.wanted}
+        return pb.InferenceResponse([pb.Tensor(name, array) for name, array in made.items()])
+
+
+class Student:
+    """What was loaded from the model's folder.
+
+    Args:
+        args: what Triton gives to ``initialize``.
+
+    Raises:
+        pb.TritonModelException: it cannot be served.
+    """
+
+    def __init__(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        said = {name: value["string_value"] for name, value in config["parameters"].items()}
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self.max_rows = int(said["max_rows"])
+        self.max_images = max(1, config["max_batch_size"])
+        self.is_decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled"))
+        threads = int(said.get("threads") or 0) or None
+        try:
+            bundle = Bundle.load(folder / "bundle")
+            # Waiting is Triton's work; the engine's line only keeps its slots full.
+            self.engine = Engine(bundle, max_rows=self.max_rows, max_waiting=1 << 20, threads=threads)
+            self.engine.generate([_any_request(self.engine)])  # the first call of a session is slow
+        except Exception as error:  # whatever it is: Triton's log gets one line
+            raise pb.TritonModelException(f"{args['model_name']}: {' '.join(str(error).split())}") from None
+
+    def call(self, request: Any) -> Call | Any:
+        """A request understood, or the response that refuses it."""
+        try:
+            return Call(self, request)
+        except CallError as error:
+            return _refusal(error)
+
+    def submit(self, call: Call) -> Any | None:
+        """Put a call's images in the engine's line; gives the response that refuses it, if it is refused."""
+        on_preview = (lambda i, preview: call.previews.append((i, preview))) if call.preview_every else None
+        try:
+            call.futures = self.engine.submit(call.requests, on_preview)
+        except (ValueError, QueueFull) as error:
+            return _refusal(error)
+        return None
+
+
+def model_of(args: dict[str, str]) -> "Inflight | Loop | Iterative":
+    """The model in the way that its configuration says."""
+    variant = json.loads(args["model_config"])["parameters"]["variant"]["string_value"]
+    variants: dict[str, type[Inflight | Loop | Iterative]] = {
+        "inflight": Inflight, "loop": Loop, "iterative": Iterative,
+    }  # fmt: skip
+    return variants[variant](Student(args))
+
+
+class Inflight:
+    """The engine steps in a thread of its own; execute() only hands over.
+
+    It hands over no more images than the slots hold and once as many to refill them from, then waits: the rest stays in
+    Triton's queue, where priorities, timeouts and the bound of the queue work.
+    """
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+        self._room = threading.Semaphore(2 * student.max_rows)
+        self._ended: queue.SimpleQueue[tuple[Any, Any, bool] | None] = queue.SimpleQueue()
+        self._steps = EngineThread([student.engine])
+        self._answers = threading.Thread(target=self._answer, name="fewstep-answers", daemon=True)
+        self._steps.start()
+        self._answers.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Hand requests over; wait only where there is no room."""
+        for request in requests:
+            sender = request.get_response_sender()
+            call = self._student.call(request)
+            if isinstance(call, Call):
+                self._start(call, sender)
+            else:
+                sender.send(call, flags=_FINAL)
+
+    def _start(self, call: Call, sender: Any) -> None:
+        unfinished = len(call.requests)
+        lock = threading.Lock()
+
+        def on_preview(i: int, _: int, preview: Preview) -> None:
+            if call.wants(preview):
+                self._ended.put((sender, partial(call.event, i, preview), False))
+
+        def on_end(i: int, future: Future[Sample]) -> None:
+            nonlocal unfinished
+            with lock:
+                unfinished -= 1
+                is_last = not unfinished
+            if not self._student.is_decoupled:
+                if is_last:
+                    self._ended.put((sender, call.answer, True))
+            else:
+                self._ended.put((sender, partial(call.end, i), is_last))
+
+        for i, one in enumerate(call.requests):
+            self._room.acquire()
+            try:
+                (future,) = self._student.engine.submit([one], partial(on_preview, i) if call.preview_every else None)
+            except ValueError as error:  # it does not fit the student
+                future = Future()
+                future.set_exception(error)
+            future.add_done_callback(lambda _: self._room.release())
+            call.futures.append(future)
+        # Only now: a call is answered when all its images are known.
+        for i, future in enumerate(call.futures):
+            future.add_done_callback(partial(on_end, i))
+
+    def _answer(self) -> None:
+        while (ended := self._ended.get()) is not None:
+            sender, response, is_last = ended
+            sender.send(response(), flags=_FINAL if is_last else 0)
+
+    def finalize(self) -> None:
+        """Finish what was handed over, then stop."""
+        self._steps.stop()
+        self._ended.put(None)
+        self._answers.join()
+
+
+class Loop:
+    """execute() runs its batch to the end."""
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Make all images of a batch."""
+        student = self._student
+        senders = [request.get_response_sender() for request in requests] if student.is_decoupled else []
+        calls = [student.call(request) for request in requests]
+        refused = [call if not isinstance(call, Call) else student.submit(call) for call in calls]
+        while student.engine.step():
+            for call, sender in zip(calls, senders, strict=False):
+                if isinstance(call, Call):
+                    _show(call, sender)
+        if not student.is_decoupled:
+            return [refusal or call.answer() for refusal, call in zip(refused, calls, strict=True)]
+        for refusal, call, sender in zip(refused, calls, senders, strict=True):
+            _finish(refusal, call, sender)
+        return None
+
+    def finalize(self) -> None:
+        """Nothing is left."""
+
+
+class Iterative:
+    """execute() is one step; Triton brings the unfinished requests again."""
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+        self._calls: dict[int, Call] = {}  # by Triton's sequence
+
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Start what is new, step all rows, answer what is finished."""
+        student = self._student
+        known: list[tuple[Call | None, Any | None]] = []
+        for request in requests:
+            if not pb.get_input_tensor_by_name(request, "START").as_numpy().any():
+                call = self._calls.get(request.correlation_id())
+                known.append((call, None if call else _refusal(RuntimeError("the sequence is not known"))))
+                continue
+            made = student.call(request)
+            refusal = student.submit(made) if isinstance(made, Call) else made
+            known.append((made if isinstance(made, Call) else None, refusal))
+            if refusal is None:
+                self._calls[request.correlation_id()] = made
+        for request, (call, _) in zip(requests, known, strict=True):
+            if call and request.is_cancelled():
+                call.cancel()
+        student.engine.step()
+        responses: list[Any] = []
+        for request, (call, refusal) in zip(requests, known, strict=True):
+            sender = request.get_response_sender() if student.is_decoupled else None
+            if call and sender:
+                _show(call, sender)
+            if call and not refusal and not call.is_done:
+                request.set_release_flags(_AGAIN)
+                responses.append(None)
+                continue
+            self._calls.pop(request.correlation_id(), None)
+            if sender:
+                _finish(refusal, call, sender)
+            else:
+                responses.append(refusal or (call and call.answer()))
+        return None if student.is_decoupled else responses
+
+    def finalize(self) -> None:
+        """Nothing is left: Triton waits for its sequences."""
+
+
+def _show(call: Call, sender: Any) -> None:
+    """Send the previews that have come since the last step."""
+    previews, call.previews = call.previews, []
+    for i, preview in previews:
+        if call.wants(preview):
+            sender.send(call.event(i, preview))
+
+
+def _finish(refusal: Any | None, call: Any, sender: Any) -> None:
+    """Send a call's images, each as a response of its own."""
+    if refusal is not None:
+        sender.send(refusal, flags=_FINAL)
+        return
+    last = len(call.futures) - 1
+    for i in range(last + 1):
+        sender.send(call.end(i), flags=_FINAL if i == last else 0)
+
+
+def _refusal(error: BaseException) -> Any:
+    """An error as a response."""
+    message, codes = str(error), pb.TritonError
+    if isinstance(error, CancelledError):
+        return pb.InferenceResponse(error=codes("the request was cancelled", codes.CANCELLED))
+    if isinstance(error, ValueError):  # the call is wrong, or does not fit the student
+        field = error.field if isinstance(error, CallError) else message.partition(":")[0]
+        return pb.InferenceResponse(error=codes(in_words(message, field, NAMES), codes.INVALID_ARG))
+    is_busy = isinstance(error, DeadlineExpired | QueueFull)
+    return pb.InferenceResponse(error=codes(message, codes.UNAVAILABLE if is_busy else codes.INTERNAL))
+
+
+def _any_request(engine: Engine) -> Request:
+    labels = engine.bundle.manifest.labels
+    return Request(0, engine.tableau(), 0 if labels else None)

@@ -1,0 +1,181 @@
+"""A Triton model repository from a bundle: complete, and independent of what made it.
+
+    REPOSITORY/NAME/config.pbtxt     written from Triton's own ModelConfig message, so it is one
+    REPOSITORY/NAME/1/model.py       what Triton imports; it says in one line what is missing
+    REPOSITORY/NAME/1/bundle/        the student, which proves itself when it is loaded
+    REPOSITORY/NAME/1/fewstep/       this package's kernels and runtime, as they were
+
+The server's Python needs `REQUIREMENTS` and nothing of fewstep's, so an upgrade here changes no model there.
+"""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from google.protobuf import text_format
+from google.protobuf.json_format import ParseDict
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from ..runtime import Bundle
+from ..runtime.call import INPUTS, PRIORITY_LEVELS
+
+Variant = Literal["inflight", "iterative", "loop"]
+VARIANTS: tuple[Variant, ...] = ("inflight", "iterative", "loop")
+REQUIREMENTS = ("numpy", "onnxruntime", "pydantic", "safetensors", "pillow")  # by what they are installed as
+CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
+_PACKAGE = Path(__file__).parents[1]
+_CARRIED = ("kernels", "runtime", "deploy")
+_LEFT = shutil.ignore_patterns("__pycache__", "embedded", "*.cu", "triton_repository.py", "triton_server.py", "*.txt")
+
+_MODEL = '''"""A few-step diffusion student; see fewstep/deploy/triton_model.py."""
+
+import sys
+from pathlib import Path
+
+import triton_python_backend_utils as pb
+
+sys.path.insert(0, str(Path(__file__).parent))  # fewstep as it was exported, before any that is installed
+
+
+class TritonPythonModel:
+    """What Triton looks for in this file."""
+
+    def initialize(self, args):
+        where = f"{args['model_name']}: the server's Python, {sys.version.split()[0]} in {sys.prefix},"
+        try:
+            import numpy
+
+            numbers = numpy.arange(90210, 90214)
+            if list(pb.Tensor.from_dlpack("x", pb.Tensor("x", numbers)).as_numpy()) != list(numbers):
+                told = f"has numpy {numpy.__version__}, whose arrays this server cannot read: install 'numpy<2'"
+                raise pb.TritonModelException(f"{where} {told}")
+            from fewstep.deploy.triton_model import model_of
+        except ImportError as error:
+            told = f"lacks what the student needs ({error}): pip install REQUIREMENTS"
+            raise pb.TritonModelException(f"{where} {told}") from None
+        self._model = model_of(args)
+        self.execute = self._model.execute
+
+    def execute(self, requests):
+        """The model's own, from `initialize` on."""
+        return self._model.execute(requests)
+
+    def finalize(self):
+        self._model.finalize()
+'''
+
+
+class RepositoryError(ValueError):
+    """A model repository that cannot be written or used. One line: which model, which file, what is wrong."""
+
+
+def write_model(
+    bundle: Bundle,
+    repository: Path,
+    *,
+    variant: Variant = "inflight",
+    name: str | None = None,
+    is_decoupled: bool = False,
+    max_rows: int = 16,
+    instances: int = 1,
+    threads: int | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write a student as a model of a repository.
+
+    Args:
+        bundle: the student.
+        repository: folder of the repository; made if it is not there.
+        variant: see `triton_model`.
+        name: of the model; the student's when left out.
+        is_decoupled: answer in several responses, previews among them; then only streams can ask.
+        max_rows: samples that run together in an instance.
+        instances: processes, each with an engine of its own.
+        threads: CPU threads of one network call; the machine's cores when left out.
+        replace: take the place of a model of this name.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        RepositoryError: it is there already, or the name is none that Triton takes.
+    """
+    name = name or bundle.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise RepositoryError(f"--name: {name[:80]!r}: letters, digits, '.', '_' and '-' only")
+    out = repository / name
+    if out.exists() and not replace:
+        raise RepositoryError(f"{out}: exists already; --replace takes its place")
+    said = {"variant": variant, "max_rows": str(max_rows), **({"threads": str(threads)} if threads else {})}
+    config = model_config(bundle, name, variant, is_decoupled, max_rows, instances, said)
+    repository.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=repository.parent) as place:
+        folder = Path(place) / "model"
+        (folder / "1").mkdir(parents=True)
+        (folder / CONFIG).write_text(config, "utf-8")
+        (folder / "1" / MODEL).write_text(_MODEL.replace("REQUIREMENTS", " ".join(REQUIREMENTS)), "utf-8")
+        shutil.copytree(bundle.path, folder / "1" / BUNDLE)
+        carried = folder / "1" / "fewstep"
+        carried.mkdir()
+        shutil.copy(_PACKAGE / "__init__.py", carried)
+        for part in _CARRIED:
+            shutil.copytree(_PACKAGE / part, carried / part, ignore=_LEFT)
+        if out.exists():
+            out.rename(Path(place) / "old")
+        folder.rename(out)
+    return out
+
+
+def model_config(
+    bundle: Bundle,
+    name: str,
+    variant: Variant,
+    is_decoupled: bool,
+    max_rows: int,
+    instances: int,
+    parameters: dict[str, str],
+) -> str:
+    """``config.pbtxt``."""
+    channels, height, width = bundle.manifest.sample_shape
+    outputs = [("IMAGE", "UINT8", [height, width, channels]), ("SEED", "UINT64", [1]), ("PNG_BASE64", "STRING", [1])]
+    if is_decoupled:
+        outputs += [("INDEX", "INT32", [1]), ("STEP", "INT32", [1]), ("IS_PREVIEW", "BOOL", [1])]
+    config: dict[str, Any] = {
+        "name": name,
+        "backend": "python",
+        "max_batch_size": max_rows,
+        "input": [
+            {"name": one, "data_type": _type(kind), "dims": [1], "optional": True} for one, kind in INPUTS.items()
+        ],
+        "output": [{"name": one, "data_type": _type(kind), "dims": dims} for one, kind, dims in outputs],
+        "instance_group": [{"kind": "KIND_CPU", "count": instances}],
+        "model_transaction_policy": {"decoupled": is_decoupled},
+        "version_policy": {"latest": {"num_versions": 1}},
+        "parameters": {key: {"string_value": value} for key, value in parameters.items()},
+    }
+    if variant == "iterative":
+        control = {
+            "START": {"kind": "CONTROL_SEQUENCE_START", "int32_false_true": [0, 1]},
+            "CORRID": {"kind": "CONTROL_SEQUENCE_CORRID", "data_type": "TYPE_UINT64"},
+        }
+        config["sequence_batching"] = {
+            "iterative_sequence": True,
+            "max_sequence_idle_microseconds": 60_000_000,
+            "control_input": [{"name": one, "control": [kind]} for one, kind in control.items()],
+            "oldest": {"max_candidate_sequences": max_rows},
+        }
+    else:
+        config["dynamic_batching"] = {
+            "priority_levels": PRIORITY_LEVELS,
+            "default_priority_level": (PRIORITY_LEVELS + 1) // 2,
+            "default_queue_policy": {
+                "timeout_action": "REJECT", "allow_timeout_override": True, "max_queue_size": 1024,
+            },
+        }  # fmt: skip
+    return str(text_format.MessageToString(ParseDict(config, ModelConfig())))
+
+
+def _type(kind: str) -> str:
+    return "TYPE_" + {"BYTES": "STRING"}.get(kind, kind)

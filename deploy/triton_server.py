@@ -1,0 +1,437 @@
+"""A Triton server on this machine: an environment for it, a process of it, and a check of its answers.
+
+The wheel ``nvidia-pytriton`` holds a whole ``tritonserver`` with the Python backend. `Environment.make` installs it and
+what a student needs into a folder of its own, since its numpy is older than ours. `check` reads a repository as Triton
+would, then asks a server that was started on it, and holds every pixel against the engine's.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+from google.protobuf import text_format
+from numpy.typing import NDArray
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.utils import InferenceServerException
+
+from ..kernels.native import cache_folders
+from ..runtime import Bundle, BundleError, Engine, Request
+from .triton_repository import BUNDLE, CONFIG, MODEL, VARIANTS, RepositoryError
+
+_REQUIREMENTS = Path(__file__).with_name("triton-requirements.txt")
+_STAMP = "ready"
+_PYTHONS = ((3, 11), (3, 12))  # those that numpy 1.26 and today's ONNX Runtime are both built for
+_CONCURRENT = 16
+
+
+class TritonError(RuntimeError):
+    """A server that cannot be made or started. One line: what is missing, and what to do."""
+
+
+class NoTritonHere(TritonError):
+    """There is no Triton server for this platform or this Python."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A Triton server and its Python, in a folder."""
+
+    folder: Path
+
+    @classmethod
+    def default(cls) -> "Environment":
+        """Where `make` puts it when nobody says where."""
+        return cls(cache_folders()[0] / "triton")
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that the students run in."""
+        return self.folder / "python" / "bin" / "python"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was made, from what `make` would make it from now."""
+        try:
+            return (self.folder / _STAMP).read_text("utf-8") == _key()
+        except OSError:
+            return False
+
+    def make(self) -> None:
+        """Install it; nothing is done where it is ready.
+
+        Raises:
+            NoTritonHere: there is none for this platform or Python.
+            TritonError: it cannot be installed.
+        """
+        if self.is_ready:
+            return
+        _refuse_platform()
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile", "--only-binary=:all:")
+        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}-", dir=self.folder.parent) as place:
+            made = Environment(Path(place) / "made")
+            _run("the environment", sys.executable, "-m", "venv", "--without-pip", str(made.folder / "python"))
+            _run(
+                _REQUIREMENTS.name,
+                *(sys.executable, "-m", "pip", "--python", str(made.python), "install", *options),
+                *("--requirement", str(_REQUIREMENTS)),
+            )
+            # The stub is the process that runs a model: one built for this Python must stand beside the backend.
+            backend = made.folder / "backends" / "python"
+            shutil.copytree(made._server / "backends" / "python", backend)
+            shutil.copy(made._server / "python_backend_stubs" / _version() / "triton_python_backend_stub", backend)
+            (made.folder / _STAMP).write_text(_key(), "utf-8")
+            if self.folder.exists():
+                self.folder.rename(Path(place) / "old")
+            made.folder.rename(self.folder)  # whole or not at all
+
+    def command(self, repository: Path, arguments: Sequence[str] = ()) -> list[str]:
+        """The command that serves a repository."""
+        backends = f"--backend-directory={self.folder / 'backends'}"
+        return [str(self._server / "bin" / "tritonserver"), f"--model-repository={repository}", backends, *arguments]
+
+    def variables(self) -> dict[str, str]:
+        """The process environment that the command needs."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        libraries = [sysconfig.get_config_var("LIBDIR") or "", str(self._packages / "nvidia_pytriton.libs")]
+        paths = [str(self.python.parent), kept.get("PATH", os.defpath)]
+        return {
+            **kept,
+            "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [*libraries, kept.get("LD_LIBRARY_PATH")])),
+            "PATH": os.pathsep.join(paths),
+            "VIRTUAL_ENV": str(self.folder / "python"),
+        }
+
+    def refuse_unready(self) -> None:
+        """Check that students can run in it.
+
+        Raises:
+            TritonError: it was not made, or its Python lacks something.
+        """
+        if not self.is_ready:
+            raise TritonError(f"{self.folder}: no Triton server; make it with: fewstep triton setup {self.folder}")
+        code = "import numpy, onnxruntime, pydantic, safetensors, PIL; print(numpy.__version__)"
+        done = subprocess.run([str(self.python), "-c", code], capture_output=True, text=True, check=False)
+        again = f"make it again: rm -r {self.folder} && fewstep triton setup {self.folder}"
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["it does not start"])[-1]
+            raise TritonError(f"{self.python}: {reason}; {again}")
+        if int(done.stdout.split(".")[0]) > 1:
+            told = f"has numpy {done.stdout.strip()}; this server needs numpy 1.26, with 2 its outputs are empty"
+            raise TritonError(f"{self.python}: {told}; {again}")
+
+    @property
+    def _packages(self) -> Path:
+        return self.folder / "python" / "lib" / f"python{_version()}" / "site-packages"
+
+    @property
+    def _server(self) -> Path:
+        return self._packages / "pytriton" / "tritonserver"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A student of a repository."""
+
+    name: str
+    variant: str
+    is_decoupled: bool
+    bundle: Bundle
+
+
+def read_repository(repository: Path) -> list[Model]:
+    """The students of a repository, each read as Triton and its model would.
+
+    Raises:
+        RepositoryError: one of them cannot be served; or there is none.
+    """
+    if not repository.is_dir():
+        raise RepositoryError(f"{repository}: there is no such folder")
+    models = [_read_model(path.parent) for path in sorted(repository.glob(f"*/{CONFIG}"))]
+    if not models:
+        raise RepositoryError(f"{repository}: holds no model; write one: fewstep export BUNDLE --triton {repository}")
+    return models
+
+
+def _read_model(folder: Path) -> Model:
+    path = folder / CONFIG
+    try:
+        config = text_format.Parse(path.read_text("utf-8"), ModelConfig())
+    except (text_format.ParseError, UnicodeDecodeError, OSError) as error:
+        raise RepositoryError(f"{path}: {str(error).splitlines()[0]}") from None
+    if config.name != folder.name:
+        raise RepositoryError(f"{path}: name is {config.name!r}, but must be the folder's, {folder.name!r}")
+    variant = config.parameters["variant"].string_value if "variant" in config.parameters else ""
+    if config.backend != "python" or variant not in VARIANTS:
+        raise RepositoryError(f"{path}: is no model of fewstep's: backend {config.backend!r}, variant {variant!r}")
+    versions = [place for place in folder.iterdir() if place.is_dir() and place.name.isdigit() and place.name != "0"]
+    if not versions:
+        raise RepositoryError(f"{folder}: holds no version; there should be a folder 1")
+    version = max(versions, key=lambda place: int(place.name))
+    for name in (MODEL, "fewstep/deploy/triton_model.py"):
+        if not (version / name).is_file():
+            raise RepositoryError(f"{version}: {name} is missing; export the model again with --replace")
+    try:
+        bundle = Bundle.load(version / BUNDLE)
+    except BundleError as error:
+        raise RepositoryError(str(error)) from None
+    return Model(folder.name, variant, config.model_transaction_policy.decoupled, bundle)
+
+
+@contextlib.contextmanager
+def running(
+    environment: Environment,
+    repository: Path,
+    log: Path,
+    *,
+    arguments: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    timeout_s: float = 120,
+) -> Iterator[tuple[str, str]]:
+    """A server on a repository, at free ports of this machine; gives the addresses of HTTP and of gRPC.
+
+    Args:
+        environment: which server.
+        repository: what it serves.
+        log: file for its log.
+        arguments: further ones of the server's.
+        variables: further ones of its process environment.
+        timeout_s: for its students to load.
+
+    Raises:
+        TritonError: it ended, or was not ready in time. The line is the log's first that tells an error.
+    """
+    http, grpc = free_ports(2)
+    ports = (f"--http-port={http}", f"--grpc-port={grpc}", "--allow-metrics=false")
+    local = ("--http-address=127.0.0.1", "--grpc-address=127.0.0.1")
+    command = environment.command(repository, [*ports, *local, *arguments])
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            env={**environment.variables(), **(variables or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        end_s = time.monotonic() + timeout_s
+        while not _is_ready(http):
+            if process.poll() is not None:
+                raise TritonError(f"Triton ended: {_first_error(log)}")
+            if time.monotonic() > end_s:
+                raise TritonError(f"Triton was not ready within {timeout_s:g} s; its log is {log}")
+            time.sleep(0.1)
+        yield f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its stubs are of its session
+            process.wait()
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in taken:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in taken]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A request, and the pixels it must give."""
+
+    solver: str
+    steps: int
+    label: int | None
+    seed: int
+    pixels: NDArray[np.uint8]  # [height, width, channels]
+
+    @property
+    def sha256(self) -> str:
+        """Of the pixels."""
+        return hashlib.sha256(self.pixels.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a model answered."""
+
+    alone: int  # answers with the right pixels, asked one after the other
+    together: int  # asked all at once
+    asked: int  # each time
+
+    @property
+    def is_right(self) -> bool:
+        """Whether all of them had."""
+        return self.alone == self.together == self.asked
+
+
+def cases(bundle: Bundle, seeds: Sequence[int] = (0, 7, 2**63)) -> list[Case]:
+    """Requests of every solver and number of steps of a student, with the engine's pixels."""
+    labels = bundle.manifest.labels
+    engine = Engine(bundle)
+    wanted = [
+        Request(seed, tableau, (i + j) % len(labels.names) if labels else None)
+        for i, tableau in enumerate(bundle.tableaus.values())
+        for j, seed in enumerate(seeds)
+    ]
+    return [
+        Case(one.tableau.name, one.tableau.num_steps, one.label, one.seed, sample.to_uint8())
+        for one, sample in zip(wanted, engine.generate(wanted), strict=True)
+    ]
+
+
+def check_model(address: str, model: Model, wanted: Sequence[Case]) -> Verdict:
+    """Ask a running server over gRPC, with the stock client, one request after the other and then all at once.
+
+    Raises:
+        TritonError: it refused.
+    """
+    ask = _ask_stream if model.is_decoupled else _ask
+    try:
+        alone = ask(address, model.name, wanted, 1)
+        together = ask(address, model.name, wanted, _CONCURRENT)
+    except InferenceServerException as error:
+        raise TritonError(f"{model.name}: {error.message()}") from None
+
+    def right(got: Sequence[NDArray[np.uint8]]) -> int:
+        return sum(np.array_equal(pixels, case.pixels) for pixels, case in zip(got, wanted, strict=True))
+
+    return Verdict(right(alone), right(together), len(wanted))
+
+
+def check(
+    repository: Path, environment: Environment | None, address: str | None = None
+) -> Iterator[tuple[Model, Verdict]]:
+    """Hold a repository's students against the engine, one after the other.
+
+    Args:
+        repository: what is served.
+        environment: the server to start on it; None to ask the one at ``address``.
+        address: gRPC's, of a server that runs already.
+
+    Raises:
+        RepositoryError: a student cannot be served.
+        TritonError: the server cannot be started, or refuses.
+    """
+    models = read_repository(repository)
+    with contextlib.ExitStack() as stack:
+        if environment is not None:
+            environment.refuse_unready()
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fewstep-triton-")))
+            _, address = stack.enter_context(running(environment, repository, place / "log"))
+        assert address is not None
+        for model in models:
+            yield model, check_model(address, model, cases(model.bundle))
+
+
+def _ask(address: str, model: str, wanted: Sequence[Case], concurrent: int) -> list[NDArray[np.uint8]]:
+    with triton.InferenceServerClient(address) as client, ThreadPoolExecutor(concurrent) as pool:
+
+        def one(case: Case) -> NDArray[np.uint8]:
+            pixels: NDArray[np.uint8] = client.infer(model, request_inputs(case)).as_numpy("IMAGE")[0]
+            return pixels
+
+        return list(pool.map(one, wanted))
+
+
+def _ask_stream(address: str, model: str, wanted: Sequence[Case], concurrent: int) -> list[NDArray[np.uint8]]:
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    got: dict[int, NDArray[np.uint8]] = {}
+    with triton.InferenceServerClient(address) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for i, case in enumerate(wanted):
+            client.async_stream_infer(model, request_inputs(case), request_id=str(i))
+            while i + 1 - len(got) >= concurrent or (i + 1 == len(wanted) and len(got) <= i):
+                result, error = answers.get(timeout=60)
+                if error is not None:
+                    raise error
+                got[int(result.get_response().id)] = result.as_numpy("IMAGE")[0]
+        client.stop_stream()
+    return [got[i] for i in range(len(wanted))]
+
+
+def request_inputs(case: Case) -> list[Any]:
+    """A request's inputs as the stock gRPC client has them."""
+    given: Mapping[str, tuple[str, Any]] = {
+        "SOLVER": ("BYTES", np.array([[case.solver.encode()]], np.object_)),
+        "STEPS": ("INT32", np.array([[case.steps]], np.int32)),
+        "SEED": ("UINT64", np.array([[case.seed]], np.uint64)),
+        **({} if case.label is None else {"LABEL": ("INT64", np.array([[case.label]], np.int64))}),
+    }
+    inputs = []
+    for name, (kind, array) in given.items():
+        one = triton.InferInput(name, list(array.shape), kind)
+        one.set_data_from_numpy(array)
+        inputs.append(one)
+    return inputs
+
+
+def _is_ready(port: int) -> bool:
+    """Asked over HTTP: a gRPC channel that was refused waits longer and longer before it tries again."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _first_error(log: Path) -> str:
+    """The line of Triton's log that says why it ended, without its stamp."""
+    for line in log.read_text("utf-8", "replace").splitlines():
+        if line.startswith("E") and "failed to load" in line:
+            return line.partition("] ")[2].strip('"').partition("\\n")[0]  # what follows is where in the code
+    for line in log.read_text("utf-8", "replace").splitlines():
+        if "Exception" in line or line.startswith("error:"):
+            return line
+    return f"its log is {log}"
+
+
+def _refuse_platform() -> None:
+    here = f"{platform.system()} {platform.machine()}"
+    if here != "Linux x86_64":
+        raise NoTritonHere(f"there is no Triton wheel for {here}, only for Linux x86_64")
+    if sys.version_info[:2] not in _PYTHONS:
+        told = " or ".join(".".join(map(str, version)) for version in _PYTHONS)
+        raise NoTritonHere(f"Triton's wheel runs students in Python {told}, not in {_version()}")
+    library = f"libpython{_version()}.so.1.0"
+    places = [Path(sysconfig.get_config_var(name) or "/") for name in ("LIBDIR", "LIBPL")]
+    if not any((place / library).exists() for place in places):
+        raise NoTritonHere(f"this Python has no {library}, which Triton needs; Debian's is in libpython{_version()}")
+
+
+def _version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _key() -> str:
+    return hashlib.sha256(_REQUIREMENTS.read_bytes() + sys.version.encode() + sys.base_prefix.encode()).hexdigest()
+
+
+def _run(what: str, *command: str) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines()
+        raise TritonError(f"{what} cannot be installed: {lines[-1] if lines else command[0]}")

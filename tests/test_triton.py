@@ -1,0 +1,406 @@
+"""Deployment on Triton server, held against a real one: the same pixels as the server's, by every way to ask."""
+
+import base64
+import hashlib
+import io
+import json
+import queue
+import shutil
+import subprocess
+import sys
+import sysconfig
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from numpy.typing import NDArray
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, write_model
+from fewstep.deploy.triton_server import Environment, NoTritonHere, TritonError, read_repository, running
+from fewstep.runtime import Bundle
+
+Pixels = NDArray[np.uint8]
+Serving = Callable[..., AbstractContextManager[tuple[Any, tuple[str, int]]]]
+
+# What people ask for: solvers, numbers of steps, labels, seeds and guidance all different.
+ASKED: list[dict[str, Any]] = [
+    {"LABEL": 3, "SEED": 0},
+    {"PROMPT": "digit 7", "SEED": 2**64 - 1, "STEPS": 8},
+    {"LABEL": 0, "SEED": 5, "SOLVER": "dpmpp_2m", "STEPS": 3},
+    {"SEED": 6, "SOLVER": "ddim", "STEPS": 1},
+    {"PROMPT": "9", "SEED": 7, "SOLVER": "heun", "STEPS": 7},
+    {"LABEL": 1, "SEED": 8, "STEPS": 2, "SOLVER": "ancestral"},
+]
+GUIDED = [{**one, "GUIDANCE": weight} for one, weight in zip(ASKED, (1.0, 1.5, 2.0, 3.0, 4.5, 5.0), strict=True)]
+KINDS = {
+    "PROMPT": ("BYTES", np.object_), "LABEL": ("INT64", np.int64), "SEED": ("UINT64", np.uint64),
+    "STEPS": ("INT32", np.int32), "SOLVER": ("BYTES", np.object_), "GUIDANCE": ("FP32", np.float32),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Where:
+    """Addresses of two servers of the same students."""
+
+    http: str
+    grpc: str
+    standalone: str
+
+
+@pytest.fixture(scope="module")
+def environment() -> Environment:
+    """A real Triton server: made now, or the one that was made before."""
+    environment = Environment.default()
+    try:
+        environment.make()
+    except NoTritonHere as reason:
+        pytest.skip(str(reason))
+    return environment
+
+
+@pytest.fixture(scope="module")
+def repository(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two students, in every way."""
+    folder = tmp_path_factory.mktemp("triton") / "repository"
+    for path in (make_bundle(), make_bundle(is_guided=True)):
+        bundle = Bundle.load(path)
+        for variant in VARIANTS:
+            write_model(bundle, folder, variant=variant, name=f"{bundle.name}-{variant}", max_rows=4, threads=1)
+    for variant in VARIANTS:
+        bundle = Bundle.load(make_bundle())
+        name = f"{bundle.name}-{variant}-stream"
+        write_model(bundle, folder, variant=variant, name=name, is_decoupled=True, max_rows=4, threads=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def where(
+    environment: Environment,
+    repository: Path,
+    serving: Serving,
+    make_bundle: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Where]:
+    log = tmp_path_factory.mktemp("triton") / "log"
+    with (
+        serving(make_bundle(), make_bundle(is_guided=True), "--no-grpc") as (_, (host, port)),
+        running(environment, repository, log) as (http, grpc),
+    ):
+        yield Where(http, grpc, f"{host}:{port}")
+
+
+def inputs(module: Any, asked: dict[str, Any]) -> list[Any]:
+    made = []
+    for name, value in asked.items():
+        kind, dtype = KINDS[name]
+        one = module.InferInput(name, [1, 1], kind)
+        one.set_data_from_numpy(np.array([[value]], dtype))
+        made.append(one)
+    return made
+
+
+def over_http(address: str, model: str, asked: dict[str, Any]) -> Pixels:
+    with triton_http.InferenceServerClient(address) as client:
+        pixels: Pixels = client.infer(model, inputs(triton_http, asked)).as_numpy("IMAGE")[0]
+        return pixels
+
+
+def over_grpc(address: str, model: str, asked: dict[str, Any]) -> Pixels:
+    with triton_grpc.InferenceServerClient(address) as client:
+        pixels: Pixels = client.infer(model, inputs(triton_grpc, asked)).as_numpy("IMAGE")[0]
+        return pixels
+
+
+def post(address: str, path: str, body: dict[str, Any]) -> bytes:
+    request = urllib.request.Request(f"http://{address}/v2/models/{path}", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer: bytes = response.read()
+        return answer
+
+
+def events(address: str, model: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    text = post(address, f"{model}/generate_stream", body).decode()
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+def sha256(images: Sequence[Pixels]) -> list[str]:
+    return [hashlib.sha256(np.ascontiguousarray(image, np.uint8).tobytes()).hexdigest() for image in images]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("student", "asked"), [("digits", ASKED), ("digits-guided", GUIDED)])
+def test_the_pixels_are_the_standalone_servers(
+    where: Where, student: str, asked: list[dict[str, Any]], variant: str
+) -> None:
+    """Over HTTP and over gRPC, one after the other and all at once, in batches of any company."""
+    model = f"{student}-{variant}"
+    expected = sha256([over_http(where.standalone, student, one) for one in asked])
+    assert len(set(expected)) == len(asked)
+    assert sha256([over_http(where.http, model, one) for one in asked]) == expected
+    assert sha256([over_grpc(where.grpc, model, one) for one in asked]) == expected
+    with ThreadPoolExecutor(12) as pool:
+        together = list(pool.map(lambda one: over_grpc(where.grpc, model, one), asked * 6))
+    assert sha256(together) == expected * 6
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stream_gives_every_preview_and_then_the_image(where: Where, variant: str) -> None:
+    model = f"digits-{variant}-stream"
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with triton_grpc.InferenceServerClient(where.grpc) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        for i, one in enumerate(ASKED):
+            given = inputs(triton_grpc, one)
+            client.async_stream_infer(model, given, request_id=str(i), parameters={"preview_every": 1})
+        images: dict[int, Pixels] = {}
+        previews: dict[int, list[int]] = {i: [] for i in range(len(ASKED))}
+        while len(images) < len(ASKED):
+            result, error = answers.get(timeout=60)
+            assert error is None
+            i = int(result.get_response().id)
+            if result.as_numpy("IS_PREVIEW")[0, 0]:
+                assert i not in images
+                previews[i].append(int(result.as_numpy("STEP")[0, 0]))
+            else:
+                images[i] = result.as_numpy("IMAGE")[0]
+        client.stop_stream()
+    expected = [over_http(where.standalone, "digits", one) for one in ASKED]
+    assert sha256([images[i] for i in range(len(ASKED))]) == sha256(expected)
+    assert [previews[i] for i in range(len(ASKED))] == [
+        list(range(1, steps)) for steps in (one.get("STEPS", 4) for one in ASKED)
+    ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generate_stream_gives_previews_and_the_image(where: Where, variant: str) -> None:
+    got = events(where.http, f"digits-{variant}-stream", {**ASKED[1], "preview_every": 3})
+    assert [(event["STEP"], event["IS_PREVIEW"]) for event in got] == [(3, True), (6, True), (8, False)]
+    expected = over_http(where.standalone, "digits", ASKED[1])
+    image = np.array(got[-1]["IMAGE"], np.uint8).reshape(expected.shape)
+    assert sha256([image]) == sha256([expected])
+    picture = np.array(Image.open(io.BytesIO(base64.b64decode(got[-1]["PNG_BASE64"]))))
+    assert np.array_equal(picture, expected[:, :, 0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generate_takes_text_and_parameters(where: Where, variant: str) -> None:
+    """With a parameter in an input's place, and Triton's own word for a prompt."""
+    body = {"SEED": 11, "text_input": "digit 4", "steps": 2, "solver": "ddim"}
+    got = json.loads(post(where.http, f"digits-{variant}/generate", body))
+    asked = {"SEED": 11, "PROMPT": "digit 4", "STEPS": 2, "SOLVER": "ddim"}
+    assert got["IMAGE"] == over_http(where.standalone, "digits", asked).ravel().tolist()
+    assert got["SEED"] == 11
+
+
+@pytest.mark.parametrize("variant", ["inflight", "loop"])
+def test_images_of_one_request_may_differ_and_be_more_than_the_slots(where: Where, variant: str) -> None:
+    """A batch of as many as Triton takes, each image with its own label and seed."""
+    label, seed = triton_grpc.InferInput("LABEL", [4, 1], "INT64"), triton_grpc.InferInput("SEED", [4, 1], "UINT64")
+    label.set_data_from_numpy(np.array([[1], [2], [3], [4]], np.int64))
+    seed.set_data_from_numpy(np.array([[1], [1], [9], [2**63]], np.uint64))
+    with triton_grpc.InferenceServerClient(where.grpc) as client:
+        result = client.infer(f"digits-{variant}", [label, seed])
+    expected = [
+        over_http(where.standalone, "digits", {"LABEL": a, "SEED": b}) for a, b in ((1, 1), (2, 1), (3, 9), (4, 2**63))
+    ]
+    assert sha256(result.as_numpy("IMAGE")) == sha256(expected)
+    assert result.as_numpy("SEED").ravel().tolist() == [1, 1, 9, 2**63]
+
+
+def test_a_seed_that_is_not_given_is_told(where: Where) -> None:
+    with triton_grpc.InferenceServerClient(where.grpc) as client:
+        results = [client.infer("digits-inflight", inputs(triton_grpc, {"LABEL": 3})) for _ in range(2)]
+    seeds = [int(result.as_numpy("SEED")[0, 0]) for result in results]
+    assert len(set(seeds)) == 2
+    again = over_grpc(where.grpc, "digits-inflight", {"LABEL": 3, "SEED": seeds[0]})
+    assert np.array_equal(again, results[0].as_numpy("IMAGE")[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("asked", "parameters", "message"),
+    [
+        ({"SOLVER": "euler"}, {}, "SOLVER: digits has no table for euler with 4 steps; it has ancestral with"),
+        ({"STEPS": 5}, {}, "STEPS: digits has no table for ancestral with 5 steps"),
+        ({"PROMPT": "cat"}, {}, "PROMPT: 'cat' is no class of this student; it has 0 to 9: digit 0, "),
+        ({"LABEL": 10}, {}, "LABEL: 10, digits has 0 to 9"),
+        ({"GUIDANCE": 3.0}, {}, "GUIDANCE: 3, digits takes 1 only: its guidance is fixed"),
+        ({"LABEL": 1}, {"step": 3}, "step is not a parameter; did you mean steps?"),
+        ({"LABEL": 1}, {"preview_every": 1}, "preview_every: this model answers once; export it with --decoupled"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_in_one_line_and_the_next_is_not(
+    where: Where, variant: str, asked: dict[str, Any], parameters: dict[str, Any], message: str
+) -> None:
+    with triton_grpc.InferenceServerClient(where.grpc) as client:
+        with pytest.raises(InferenceServerException) as refused:
+            client.infer(f"digits-{variant}", inputs(triton_grpc, asked), parameters=parameters)
+        assert message in str(refused.value.message())
+        assert "\n" not in str(refused.value.message())
+        assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+        client.infer(f"digits-{variant}", inputs(triton_grpc, {"LABEL": 1}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stream_tells_what_is_wrong_and_goes_on(where: Where, variant: str) -> None:
+    model = f"digits-{variant}-stream"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        events(where.http, model, {"LABEL": 12})
+    assert refused.value.code == 400
+    assert refused.value.read() == b'data: {"error":"LABEL: 12, digits has 0 to 9"}\n\n'
+    assert not events(where.http, model, {"LABEL": 2})[-1]["IS_PREVIEW"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cancelled_calls_leave_the_others_alone(where: Where, variant: str) -> None:
+    model = f"digits-{variant}"
+    expected = sha256([over_http(where.standalone, "digits", one) for one in ASKED])
+    with triton_grpc.InferenceServerClient(where.grpc) as client, ThreadPoolExecutor(6) as pool:
+        kept = [pool.submit(over_grpc, where.grpc, model, one) for one in ASKED]
+        for i in range(20):
+            call = client.async_infer(
+                model, inputs(triton_grpc, {"LABEL": 1, "SEED": i, "STEPS": 8}), lambda result, error: None
+            )
+            call.cancel()
+        assert sha256([one.result(60) for one in kept]) == expected
+        assert sha256([over_grpc(where.grpc, model, one) for one in ASKED]) == expected
+
+
+def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
+    """By Triton's own count of iterative executions, each of which is one network call: far fewer than the steps."""
+
+    def executions() -> int:
+        path = f"http://{where.http}/v2/models/digits-iterative/stats"
+        with urllib.request.urlopen(path, timeout=30) as response:
+            count: int = json.load(response)["model_stats"][0]["execution_count"]
+        return count
+
+    before = executions()
+    answers: queue.Queue[Any] = queue.Queue()
+    with triton_grpc.InferenceServerClient(where.grpc) as client:
+        for i in range(40):
+            given = inputs(triton_grpc, {"LABEL": 1, "SEED": i})
+            client.async_infer("digits-iterative", given, lambda result, error: answers.put(error))
+        assert [answers.get(timeout=60) for _ in range(40)] == [None] * 40
+    assert 4 <= executions() - before <= 0.75 * 40 * 4
+
+
+# --- what cannot be served
+
+
+@pytest.fixture
+def spoilt(make_bundle: Callable[..., Path], tmp_path: Path) -> Path:
+    """A repository of one model, to spoil."""
+    write_model(Bundle.load(make_bundle()), tmp_path / "repository", threads=1)
+    return tmp_path / "repository"
+
+
+def refusal(environment: Environment, repository: Path, log: Path, **options: Any) -> str:
+    """What Triton says in its log when it does not start."""
+    with pytest.raises(TritonError) as refused, running(environment, repository, log, **options):
+        pass
+    return str(refused.value)
+
+
+def test_an_altered_bundle_is_refused_by_the_check_and_by_triton(
+    environment: Environment, spoilt: Path, tmp_path: Path
+) -> None:
+    notice = spoilt / "digits" / "1" / "bundle" / "NOTICE"
+    notice.write_text("other\n")
+    reason = "NOTICE was altered: sha256"
+    with pytest.raises(RepositoryError, match=reason):
+        read_repository(spoilt)
+    told = refusal(environment, spoilt, tmp_path / "log")
+    assert reason in told
+    assert "failed to load 'digits'" in told
+    assert "\n" not in told
+
+
+def altered(environment: Environment, folder: Path, **packages: Path | None) -> Environment:
+    """The same server with another Python: some packages are elsewhere, or missing."""
+    python = folder / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", python], check=True)
+    (there,), (here,) = (
+        list((path / "lib").glob("*/site-packages")) for path in (environment.folder / "python", python)
+    )
+    for package in there.iterdir():
+        source = packages.get(package.name.replace(".", "_"), package)
+        if source is not None:
+            (here / package.name).symlink_to(source)
+    for name in ("backends", "ready"):
+        (folder / name).symlink_to(environment.folder / name)
+    return Environment(folder)
+
+
+def test_numpy_2_is_refused_by_the_check_and_by_triton(environment: Environment, spoilt: Path, tmp_path: Path) -> None:
+    """The numpy of this process; with it, Triton would load the model and give outputs without data."""
+    ours = Path(sysconfig.get_path("purelib"))
+    other = altered(environment, tmp_path / "triton", numpy=ours / "numpy", numpy_libs=ours / "numpy.libs")
+    with pytest.raises(TritonError, match=rf"has numpy {np.__version__}; this server needs numpy 1\.26"):
+        other.refuse_unready()
+    told = refusal(other, spoilt, tmp_path / "log")
+    assert f"has numpy {np.__version__}, whose arrays this server cannot read: install 'numpy<2'" in told
+
+
+def test_a_python_without_what_students_need_is_refused_by_the_check_and_by_triton(
+    environment: Environment, spoilt: Path, tmp_path: Path
+) -> None:
+    other = altered(environment, tmp_path / "triton", onnxruntime=None)
+    with pytest.raises(TritonError, match=r"No module named 'onnxruntime'; make it again: rm -r .*triton && fewstep"):
+        other.refuse_unready()
+    told = refusal(other, spoilt, tmp_path / "log")
+    assert "lacks what the student needs (No module named 'onnxruntime'): pip install numpy onnxruntime" in told
+    with pytest.raises(TritonError, match="no Triton server; make it with: fewstep triton setup"):
+        Environment(tmp_path / "nothing").refuse_unready()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: (model / "config.pbtxt").write_text("name: digits"), r"config\.pbtxt: 1:7"),
+        (lambda model: model.rename(model.parent / "other"), "name is 'digits', but must be the folder's, 'other'"),
+        (lambda model: shutil.rmtree(model / "1"), "holds no version; there should be a folder 1"),
+        (lambda model: shutil.rmtree(model / "1" / "fewstep"), "fewstep/deploy/triton_model.py is missing; export"),
+        (lambda model: (model / "1" / "bundle" / "model.onnx").unlink(), "bundle: model.onnx is missing"),
+        (lambda model: shutil.rmtree(model), "holds no model; write one: fewstep export BUNDLE --triton"),
+    ],
+)
+def test_a_bad_repository_is_refused_in_one_line(spoilt: Path, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(spoilt / "digits")
+    with pytest.raises(RepositoryError, match=message) as refused:
+        read_repository(spoilt)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_commands_write_and_check_a_repository(
+    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    def fewstep(*arguments: str | Path) -> tuple[int, str]:
+        command = [sys.executable, "-m", "fewstep.cli", *map(str, arguments)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        return done.returncode, done.stdout
+
+    export = ("export", make_bundle(), "--triton", tmp_path / "repository", "--threads", "1")
+    assert fewstep(*export)[0] == 0
+    assert fewstep(*export) == (
+        2,
+        f"fewstep: {tmp_path}/repository/digits: exists already; --replace takes its place\n",
+    )
+    assert fewstep(*export, "--replace", "--variant", "iterative", "--decoupled")[0] == 0
+    assert fewstep(*export, "--variant", "whole")[1] == (
+        "fewstep: --variant: 'whole' is not one of inflight, iterative, loop\n"
+    )
+    right = "digits (iterative, decoupled): 51 alone and 51 at once of 51 requests have the right pixels\n"
+    assert fewstep("triton", "check", tmp_path / "repository") == (0, right)
+    assert fewstep("triton", "check", tmp_path / "no") == (2, f"fewstep: {tmp_path}/no: there is no such folder\n")
