@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb  # Triton's; it exists in its processes alone
 
-from ..runtime import Bundle, DeadlineExpired, Engine, EngineThread, Preview, QueueFull, Request, Sample
+from ..runtime import Bundle, Engine, EngineThread, Preview, RequestError, Sample, SampleFailed
 from ..runtime.call import INPUTS, NAMES, CallError, in_words, outputs_of, requests_of
 
 _FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -89,7 +89,7 @@ class Call:
 
     def event(self, i: int, image: Preview | Sample) -> Any:
         """One image or preview as a response of its own."""
-        step = image.step if isinstance(image, Preview) else image.request.tableau.num_steps
+        step = image.step if isinstance(image, Preview) else image.num_steps
         extra = {
             "INDEX": np.array([[i]], np.int32),
             "STEP": np.array([[step]], np.int32),
@@ -99,7 +99,7 @@ class Call:
 
     def _response(self, images: Sequence[Preview | Sample], i: int, extra: dict[str, Any] | None = None) -> Any:
         seeds = [request.seed for request in self.requests[i : i + len(images)]]
-        made = outputs_of(images, seeds, [name for name in ("IMAGE", "SEED") if name in self.wanted])
+        made = outputs_of(images, seeds, [name for name in ("IMAGE", "SEED", "STEPS") if name in self.wanted])
         if "PNG_BASE64" in self.wanted:
             pngs = outputs_of(images, seeds, ["PNG"])["PNG"]
             made["PNG_BASE64"] = np.array([[base64.b64encode(png[0])] for png in pngs], np.object_)
@@ -129,7 +129,7 @@ class Student:
             bundle = Bundle.load(folder / "bundle")
             # Waiting is Triton's work; the engine's line only keeps its slots full.
             self.engine = Engine(bundle, max_rows=self.max_rows, max_waiting=1 << 20, threads=threads)
-            self.engine.generate([_any_request(self.engine)])  # the first call of a session is slow
+            self.engine.warm_up()
         except Exception as error:  # whatever it is: Triton's log gets one line
             raise pb.TritonModelException(f"{args['model_name']}: {' '.join(str(error).split())}") from None
 
@@ -145,7 +145,7 @@ class Student:
         on_preview = (lambda i, preview: call.previews.append((i, preview))) if call.preview_every else None
         try:
             call.futures = self.engine.submit(call.requests, on_preview)
-        except (ValueError, QueueFull) as error:
+        except (ValueError, RequestError) as error:
             return _refusal(error)
         return None
 
@@ -208,7 +208,7 @@ class Inflight:
             self._room.acquire()
             try:
                 (future,) = self._student.engine.submit([one], partial(on_preview, i) if call.preview_every else None)
-            except ValueError as error:  # it does not fit the student
+            except (ValueError, RequestError) as error:  # it does not fit the student, or would be late
                 future = Future()
                 future.set_exception(error)
             future.add_done_callback(lambda _: self._room.release())
@@ -326,10 +326,5 @@ def _refusal(error: BaseException) -> Any:
     if isinstance(error, ValueError):  # the call is wrong, or does not fit the student
         field = error.field if isinstance(error, CallError) else message.partition(":")[0]
         return pb.InferenceResponse(error=codes(in_words(message, field, NAMES), codes.INVALID_ARG))
-    is_busy = isinstance(error, DeadlineExpired | QueueFull)
+    is_busy = isinstance(error, RequestError) and not isinstance(error, SampleFailed)  # late, or no room
     return pb.InferenceResponse(error=codes(message, codes.UNAVAILABLE if is_busy else codes.INTERNAL))
-
-
-def _any_request(engine: Engine) -> Request:
-    labels = engine.bundle.manifest.labels
-    return Request(0, engine.tableau(), 0 if labels else None)

@@ -19,7 +19,7 @@ from google.protobuf.json_format import ParseDict
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ..runtime import Bundle
-from ..runtime.call import INPUTS, PRIORITY_LEVELS
+from ..runtime.call import INPUTS, OUTPUTS, PRIORITY_LEVELS
 
 Variant = Literal["inflight", "iterative", "loop"]
 VARIANTS: tuple[Variant, ...] = ("inflight", "iterative", "loop")
@@ -139,7 +139,8 @@ def model_config(
 ) -> str:
     """``config.pbtxt``."""
     channels, height, width = bundle.manifest.sample_shape
-    outputs = [("IMAGE", "UINT8", [height, width, channels]), ("SEED", "UINT64", [1]), ("PNG_BASE64", "STRING", [1])]
+    outputs = [("IMAGE", "UINT8", [height, width, channels]), ("PNG_BASE64", "STRING", [1])]
+    outputs += [(one, kind, [1]) for one, kind in OUTPUTS.items() if one not in ("IMAGE", "PNG")]
     if is_decoupled:
         outputs += [("INDEX", "INT32", [1]), ("STEP", "INT32", [1]), ("IS_PREVIEW", "BOOL", [1])]
     config: dict[str, Any] = {

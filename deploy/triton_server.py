@@ -237,7 +237,7 @@ def running(
             if process.poll() is not None:
                 raise TritonError(f"Triton ended: {_first_error(log)}")
             if time.monotonic() > end_s:
-                raise TritonError(f"Triton was not ready within {timeout_s:g} s; its log is {log}")
+                raise TritonError(f"Triton was not ready within {timeout_s:g} s: {_first_error(log)}")
             time.sleep(0.1)
         yield f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
     finally:
@@ -399,14 +399,12 @@ def _is_ready(port: int) -> bool:
 
 
 def _first_error(log: Path) -> str:
-    """The line of Triton's log that says why it ended, without its stamp."""
-    for line in log.read_text("utf-8", "replace").splitlines():
+    """The line of Triton's log that says why a student is not served, without its stamp; else the log's last one."""
+    lines = log.read_text("utf-8", "replace").splitlines() or ["its log is empty"]
+    for line in lines:
         if line.startswith("E") and "failed to load" in line:
             return line.partition("] ")[2].strip('"').partition("\\n")[0]  # what follows is where in the code
-    for line in log.read_text("utf-8", "replace").splitlines():
-        if "Exception" in line or line.startswith("error:"):
-            return line
-    return f"its log is {log}"
+    return next((line for line in lines if "Exception" in line or line.startswith("error:")), lines[-1])
 
 
 def _refuse_platform() -> None:

@@ -200,7 +200,7 @@ def test_generate_takes_text_and_parameters(where: Where, variant: str) -> None:
     got = json.loads(post(where.http, f"digits-{variant}/generate", body))
     asked = {"SEED": 11, "PROMPT": "digit 4", "STEPS": 2, "SOLVER": "ddim"}
     assert got["IMAGE"] == over_http(where.standalone, "digits", asked).ravel().tolist()
-    assert got["SEED"] == 11
+    assert (got["SEED"], got["STEPS"]) == (11, 2)
 
 
 @pytest.mark.parametrize("variant", ["inflight", "loop"])
@@ -250,6 +250,21 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_the_next_is_not(
         assert "\n" not in str(refused.value.message())
         assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
         client.infer(f"digits-{variant}", inputs(triton_grpc, {"LABEL": 1}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_deadline_that_cannot_be_met_is_refused_and_the_steps_are_fitted_to_one_that_can(
+    where: Where, variant: str
+) -> None:
+    with triton_grpc.InferenceServerClient(where.grpc) as client:
+
+        def ask(**parameters: Any) -> Any:
+            return client.infer(f"digits-{variant}", inputs(triton_grpc, {"LABEL": 1}), parameters=parameters)
+
+        with pytest.raises(InferenceServerException, match="ms are not enough: 4 steps would take") as refused:
+            ask(deadline_ms=0.001)
+        assert refused.value.status() == "StatusCode.UNAVAILABLE"
+        assert ask(deadline_ms=1e5, max_steps=3).as_numpy("STEPS").tolist() == [[3]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
