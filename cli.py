@@ -1,4 +1,4 @@
-"""The command line: ``fewstep serve | bench | key | generate | inspect | train | fit | table | export | triton | demo``.
+"""The command line: ``fewstep serve | bench | generate | inspect | train | fit | table | export | triton ...``.
 
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
