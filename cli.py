@@ -513,7 +513,8 @@ def export(
     repository: Annotated[
         Path | None, typer.Option("--triton", help="BUNDLE: write it into this model repository.")
     ] = None,
-    variant: Annotated[str, typer.Option(help="--triton: inflight, iterative or loop.")] = "inflight",
+    variant: Annotated[str, typer.Option(help="--triton: inflight, iterative, loop or graph.")] = "inflight",
+    steps: Annotated[int | None, typer.Option(help="--variant graph: network calls; the default table's.")] = None,
     decoupled: Annotated[bool, typer.Option("--decoupled", help="--triton: with previews, for streams only.")] = False,
     max_rows: Annotated[int, typer.Option(min=1, help="--triton: samples that run together in an instance.")] = 16,
     instances: Annotated[int, typer.Option(min=1, help="--triton: processes that run the student.")] = 1,
@@ -524,12 +525,9 @@ def export(
     With --precision a bundle gets precisions/*.onnx and parity.json, which holds each against float32 step by step.
     """
     if repository is not None:
-        from .deploy.triton_repository import VARIANTS, write_model
-        from .runtime import Bundle
-
-        folder = write_model(
-            Bundle.load(source), repository, variant=_one_of("--variant", variant, VARIANTS), name=name,
-            is_decoupled=decoupled, max_rows=max_rows, instances=instances, threads=threads, replace=replace,
+        folder = _export_to_triton(
+            source, repository, variant, solver, steps, name=name, is_decoupled=decoupled, max_rows=max_rows,
+            instances=instances, threads=threads, replace=replace,
         )  # fmt: skip
         print(f"{folder}: written. To try it: fewstep triton check {repository} && fewstep triton serve {repository}")
         return
@@ -550,6 +548,31 @@ def export(
         f"{output}: {bundle.name}, {len(bundle.tableaus)} tables, weights {size:,} bytes; "
         f"against torch {parity.graph_error:.1e} (graph), {parity.storage_error:.1e} (float16 storage)"
     )
+
+
+def _export_to_triton(
+    source: str,
+    repository: Path,
+    variant: str,
+    solver: str | None,
+    steps: int | None,
+    *,
+    is_decoupled: bool,
+    **common: Any,
+) -> Path:
+    from .deploy.triton_repository import VARIANTS, write_model
+    from .runtime import Bundle
+
+    bundle = Bundle.load(source)
+    _one_of("--variant", variant, (*VARIANTS, "graph"))
+    if variant != "graph":
+        chosen = _one_of("--variant", variant, VARIANTS)
+        return write_model(bundle, repository, variant=chosen, is_decoupled=is_decoupled, **common)
+    _need_torch("export --variant graph")
+    from .deploy.triton_graph import write_graph_model
+
+    _named("--steps", lambda: bundle.tableau(solver, steps))
+    return write_graph_model(bundle, repository, solver=solver, steps=steps, **common)
 
 
 def _export_more(
@@ -655,6 +678,9 @@ def triton_check(
     server = Environment(environment.absolute()) if environment else Environment.default()
     wrong = []
     for model, verdict in check(repository, None if url else server, url):
+        if verdict is None:
+            print(f"{model.name} ({model.variant}): is whole; it was held against the engine when it was written")
+            continue
         how = f"{model.variant}, decoupled" if model.is_decoupled else model.variant
         told = f"{verdict.alone} alone and {verdict.together} at once of {verdict.asked} requests have the right pixels"
         print(f"{model.name} ({how}): {told}", flush=True)

@@ -11,6 +11,8 @@ The server's Python needs `REQUIREMENTS` and nothing of fewstep's, so an upgrade
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +24,12 @@ from ..runtime import Bundle
 from ..runtime.call import INPUTS, OUTPUTS, PRIORITY_LEVELS
 
 Variant = Literal["inflight", "iterative", "loop"]
-VARIANTS: tuple[Variant, ...] = ("inflight", "iterative", "loop")
+VARIANTS: tuple[Variant, ...] = ("inflight", "iterative", "loop")  # beside these there is `triton_graph`
 REQUIREMENTS = ("numpy", "onnxruntime", "pydantic", "safetensors", "pillow")  # by what they are installed as
-CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
+CONFIG, MODEL, BUNDLE, GRAPH = "config.pbtxt", "model.py", "bundle", "model.onnx"
 _PACKAGE = Path(__file__).parents[1]
 _CARRIED = ("kernels", "runtime", "deploy")
-_LEFT = shutil.ignore_patterns("__pycache__", "embedded", "*.cu", "triton_repository.py", "triton_server.py", "*.txt")
+_LEFT = shutil.ignore_patterns("__pycache__", "embedded", "*.cu", "triton_[grs]*.py", "*.txt")
 
 _MODEL = '''"""A few-step diffusion student; see fewstep/deploy/triton_model.py."""
 
@@ -103,17 +105,10 @@ def write_model(
         RepositoryError: it is there already, or the name is none that Triton takes.
     """
     name = name or bundle.name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise RepositoryError(f"--name: {name[:80]!r}: letters, digits, '.', '_' and '-' only")
-    out = repository / name
-    if out.exists() and not replace:
-        raise RepositoryError(f"{out}: exists already; --replace takes its place")
     said = {"variant": variant, "max_rows": str(max_rows), **({"threads": str(threads)} if threads else {})}
     config = model_config(bundle, name, variant, is_decoupled, max_rows, instances, said)
-    repository.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=repository.parent) as place:
-        folder = Path(place) / "model"
-        (folder / "1").mkdir(parents=True)
+    with new_model(repository, name, replace) as folder:
+        (folder / "1").mkdir()
         (folder / CONFIG).write_text(config, "utf-8")
         (folder / "1" / MODEL).write_text(_MODEL.replace("REQUIREMENTS", " ".join(REQUIREMENTS)), "utf-8")
         shutil.copytree(bundle.path, folder / "1" / BUNDLE)
@@ -122,10 +117,34 @@ def write_model(
         shutil.copy(_PACKAGE / "__init__.py", carried)
         for part in _CARRIED:
             shutil.copytree(_PACKAGE / part, carried / part, ignore=_LEFT)
+    return repository / name
+
+
+@contextmanager
+def new_model(repository: Path, name: str, replace: bool) -> Iterator[Path]:
+    """A folder to fill, which is the repository's model afterwards, whole or not at all.
+
+    Args:
+        repository: made if it is not there.
+        name: of the model.
+        replace: take the place of one of this name.
+
+    Raises:
+        RepositoryError: it is there already, or the name is none that Triton takes.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise RepositoryError(f"--name: {name[:80]!r}: letters, digits, '.', '_' and '-' only")
+    out = repository / name
+    if out.exists() and not replace:
+        raise RepositoryError(f"{out}: exists already; --replace takes its place")
+    repository.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=repository.parent) as place:
+        folder = Path(place) / "model"
+        folder.mkdir()
+        yield folder
         if out.exists():
             out.rename(Path(place) / "old")
         folder.rename(out)
-    return out
 
 
 def model_config(
@@ -168,14 +187,17 @@ def model_config(
             "oldest": {"max_candidate_sequences": max_rows},
         }
     else:
-        config["dynamic_batching"] = {
-            "priority_levels": PRIORITY_LEVELS,
-            "default_priority_level": (PRIORITY_LEVELS + 1) // 2,
-            "default_queue_policy": {
-                "timeout_action": "REJECT", "allow_timeout_override": True, "max_queue_size": 1024,
-            },
-        }  # fmt: skip
+        config["dynamic_batching"] = queue_policy()
     return str(text_format.MessageToString(ParseDict(config, ModelConfig())))
+
+
+def queue_policy() -> dict[str, Any]:
+    """Triton's queue, where it has one: bounded, with the server's priorities and a timeout for who wants one."""
+    return {
+        "priority_levels": PRIORITY_LEVELS,
+        "default_priority_level": (PRIORITY_LEVELS + 1) // 2,
+        "default_queue_policy": {"timeout_action": "REJECT", "allow_timeout_override": True, "max_queue_size": 1024},
+    }
 
 
 def _type(kind: str) -> str:

@@ -34,7 +34,7 @@ from tritonclient.utils import InferenceServerException
 
 from ..kernels.native import cache_folders
 from ..runtime import Bundle, BundleError, Engine, Request
-from .triton_repository import BUNDLE, CONFIG, MODEL, VARIANTS, RepositoryError
+from .triton_repository import BUNDLE, CONFIG, GRAPH, MODEL, VARIANTS, RepositoryError
 
 _REQUIREMENTS = Path(__file__).with_name("triton-requirements.txt")
 _STAMP = "ready"
@@ -154,7 +154,7 @@ class Model:
     name: str
     variant: str
     is_decoupled: bool
-    bundle: Bundle
+    bundle: Bundle | None  # None: a graph, which no Python runs
 
 
 def read_repository(repository: Path) -> list[Model]:
@@ -180,12 +180,17 @@ def _read_model(folder: Path) -> Model:
     if config.name != folder.name:
         raise RepositoryError(f"{path}: name is {config.name!r}, but must be the folder's, {folder.name!r}")
     variant = config.parameters["variant"].string_value if "variant" in config.parameters else ""
-    if config.backend != "python" or variant not in VARIANTS:
+    if (config.backend, variant) not in {("onnxruntime", "graph"), *(("python", one) for one in VARIANTS)}:
         raise RepositoryError(f"{path}: is no model of fewstep's: backend {config.backend!r}, variant {variant!r}")
     versions = [place for place in folder.iterdir() if place.is_dir() and place.name.isdigit() and place.name != "0"]
     if not versions:
         raise RepositoryError(f"{folder}: holds no version; there should be a folder 1")
     version = max(versions, key=lambda place: int(place.name))
+    if variant == "graph":
+        graph = version / GRAPH
+        if not graph.is_file() or _sha256(graph) != config.parameters["sha256"].string_value:
+            raise RepositoryError(f"{graph}: is missing or was altered; export the model again with --replace")
+        return Model(folder.name, variant, False, None)
     for name in (MODEL, "fewstep/deploy/triton_model.py"):
         if not (version / name).is_file():
             raise RepositoryError(f"{version}: {name} is missing; export the model again with --replace")
@@ -324,7 +329,7 @@ def check_model(address: str, model: Model, wanted: Sequence[Case]) -> Verdict:
 
 def check(
     repository: Path, environment: Environment | None, address: str | None = None
-) -> Iterator[tuple[Model, Verdict]]:
+) -> Iterator[tuple[Model, Verdict | None]]:
     """Hold a repository's students against the engine, one after the other.
 
     Args:
@@ -332,19 +337,26 @@ def check(
         environment: the server to start on it; None to ask the one at ``address``.
         address: gRPC's, of a server that runs already.
 
+    Returns:
+        An iterator over the models, each with what it answered. Graphs are not asked: their clients make the noise.
+
     Raises:
         RepositoryError: a student cannot be served.
         TritonError: the server cannot be started, or refuses.
     """
     models = read_repository(repository)
+    asked = [(model, model.bundle) for model in models if model.bundle]
+    yield from ((model, None) for model in models if not model.bundle)
     with contextlib.ExitStack() as stack:
-        if environment is not None:
+        if environment is not None and asked:
             environment.refuse_unready()
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fewstep-triton-")))
-            _, address = stack.enter_context(running(environment, repository, place / "log"))
-        assert address is not None
-        for model in models:
-            yield model, check_model(address, model, cases(model.bundle))
+            # This server has the Python backend alone.
+            which = ["--model-control-mode=explicit", *(f"--load-model={model.name}" for model, _ in asked)]
+            _, address = stack.enter_context(running(environment, repository, place / "log", arguments=which))
+        for model, bundle in asked:
+            assert address is not None
+            yield model, check_model(address, model, cases(bundle))
 
 
 def _ask(address: str, model: str, wanted: Sequence[Case], concurrent: int) -> list[NDArray[np.uint8]]:
@@ -387,6 +399,10 @@ def request_inputs(case: Case) -> list[Any]:
         one.set_data_from_numpy(array)
         inputs.append(one)
     return inputs
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _is_ready(port: int) -> bool:

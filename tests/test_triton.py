@@ -19,16 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from google.protobuf import text_format
 from numpy.typing import NDArray
 from PIL import Image
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import InferenceServerException
 
+from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
 from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, write_model
 from fewstep.deploy.triton_server import Environment, NoTritonHere, TritonError, read_repository, running
-from fewstep.runtime import Bundle
+from fewstep.runtime import Bundle, Engine, Request
 
 Pixels = NDArray[np.uint8]
 Serving = Callable[..., AbstractContextManager[tuple[Any, tuple[str, int]]]]
@@ -311,6 +315,40 @@ def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
     assert 4 <= executions() - before <= 0.75 * 40 * 4
 
 
+# --- without Python
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("ancestral", 4), ("dpmpp_2m", 3), ("heun", 3)])
+def test_the_graph_gives_the_engines_pixels_from_the_inputs_that_its_configuration_names(
+    make_bundle: Callable[..., Path], tmp_path: Path, solver: str, steps: int
+) -> None:
+    """In stock ONNX Runtime, with tensors as Triton passes them; this server has no backend for it."""
+    bundle = Bundle.load(make_bundle())
+    folder = write_graph_model(bundle, tmp_path / "repository", solver=solver, steps=steps)
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
+    session = onnxruntime.InferenceSession(str(folder / "1" / "model.onnx"), providers=["CPUExecutionProvider"])
+    tableau = bundle.tableau(solver, steps)
+    requests = [Request(seed, tableau, label) for seed, label in ((0, 3), (2**63, 9), (17, 0))]
+    given = graph_inputs(bundle, tableau, requests)
+    kinds = {"TYPE_FP32": "tensor(float)", "TYPE_INT64": "tensor(int64)", "TYPE_UINT8": "tensor(uint8)"}
+    assert [one.name for one in config.input] == [one.name for one in session.get_inputs()] == list(given)
+    for one, node in zip((*config.input, *config.output), (*session.get_inputs(), *session.get_outputs()), strict=True):
+        assert kinds[DataType.Name(one.data_type)] == node.type
+        shape = list(one.reshape.shape) if one.HasField("reshape") else list(one.dims)
+        assert ["batch", *shape] == list(node.shape)
+    (images,) = session.run(None, given)
+    expected = np.stack([sample.to_uint8() for sample in Engine(bundle, threads=1).generate(requests)])
+    assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
+    assert np.mean(images == expected) > 0.99
+
+
+def test_a_graph_of_a_student_that_calls_its_network_twice_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RepositoryError, match="digits-guided calls its network twice a step: it has no whole-sampler"):
+        write_graph_model(Bundle.load(make_bundle(is_guided=True)), tmp_path / "repository")
+
+
 # --- what cannot be served
 
 
@@ -414,8 +452,12 @@ def test_the_commands_write_and_check_a_repository(
     )
     assert fewstep(*export, "--replace", "--variant", "iterative", "--decoupled")[0] == 0
     assert fewstep(*export, "--variant", "whole")[1] == (
-        "fewstep: --variant: 'whole' is not one of inflight, iterative, loop\n"
+        "fewstep: --variant: 'whole' is not one of inflight, iterative, loop, graph\n"
     )
+    assert fewstep(*export, "--variant", "graph", "--steps", "8", "--max-rows", "2")[0] == 0
+    whole = "digits-ancestral-8 (graph): is whole; it was held against the engine when it was written\n"
     right = "digits (iterative, decoupled): 51 alone and 51 at once of 51 requests have the right pixels\n"
-    assert fewstep("triton", "check", tmp_path / "repository") == (0, right)
+    assert fewstep("triton", "check", tmp_path / "repository") == (0, whole + right)
+    (tmp_path / "repository" / "digits-ancestral-8" / "1" / "model.onnx").write_bytes(b"")
+    assert "model.onnx: is missing or was altered" in fewstep("triton", "check", tmp_path / "repository")[1]
     assert fewstep("triton", "check", tmp_path / "no") == (2, f"fewstep: {tmp_path}/no: there is no such folder\n")

@@ -1,0 +1,168 @@
+"""The variant without Python: a student's whole sampler as one ONNX graph, for Triton's onnxruntime backend.
+
+    NOISE FP32 [steps + 1, C, H, W], LABEL INT64 [1], GUIDANCE FP32 [1]  ->  IMAGE UINT8 [H, W, C]
+
+A model is one solver with one number of steps, whose table is in the graph. The client makes the noise, with
+`kernels.normals`: no ONNX operator gives the engine's. Pixels are the engine's to rounding, and are held against it
+before the model is written. The rows of a batch go through all steps together: requests join between samples.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf import text_format
+from google.protobuf.json_format import ParseDict
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from ..export.onnx_file import save_model
+from ..export.sampler_graph import sampler_graph, sampler_inputs
+from ..export.update_op import weights_of
+from ..runtime import Bundle, Engine, Request, Tableau
+from .triton_repository import CONFIG, GRAPH, RepositoryError, new_model, queue_policy
+
+_INPUTS = {"noise": "NOISE", "label": "LABEL", "guidance": "GUIDANCE"}
+_TYPES: dict[int, str] = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.INT64: "TYPE_INT64"}
+
+
+def write_graph_model(
+    bundle: Bundle,
+    repository: Path,
+    *,
+    solver: str | None = None,
+    steps: int | None = None,
+    name: str | None = None,
+    max_rows: int = 16,
+    instances: int = 1,
+    threads: int | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write a student's sampler as a model of a repository.
+
+    Args:
+        bundle: the student.
+        repository: folder of the repository; made if it is not there.
+        solver: of the table; the default one's when left out, as are the steps.
+        steps: network calls.
+        name: of the model; the student's with solver and steps when left out.
+        max_rows: the largest batch.
+        instances: sessions.
+        threads: CPU threads of one.
+        replace: take the place of a model of this name.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        RepositoryError: the student calls its network twice a step, the model is there already, or its pixels are off.
+        ValueError: there is no such table.
+    """
+    if bundle.manifest.guidance.mode == "classifier-free":
+        raise RepositoryError(f"{bundle.name} calls its network twice a step: it has no whole-sampler graph")
+    tableau = bundle.tableau(solver, steps)
+    name = name or f"{bundle.name}-{tableau.name}-{tableau.num_steps}"
+    model = sampler_model(bundle, tableau)
+    _refuse_other_pixels(bundle, tableau, model)
+    with new_model(repository, name, replace) as folder:
+        (folder / "1").mkdir()
+        save_model(model, folder / "1" / GRAPH)
+        said = {
+            "variant": "graph",
+            "solver": tableau.name,
+            "steps": str(tableau.num_steps),
+            "sha256": hashlib.sha256((folder / "1" / GRAPH).read_bytes()).hexdigest(),
+            **({"intra_op_thread_count": str(threads)} if threads else {}),
+        }
+        config: dict[str, Any] = {
+            "name": name,
+            "backend": "onnxruntime",
+            "max_batch_size": max_rows,
+            "input": [_config_of(value) for value in model.graph.input],
+            "output": [_config_of(value) for value in model.graph.output],
+            "instance_group": [{"kind": "KIND_AUTO", "count": instances}],
+            "version_policy": {"latest": {"num_versions": 1}},
+            "dynamic_batching": queue_policy(),
+            "parameters": {key: {"string_value": value} for key, value in said.items()},
+        }
+        text = text_format.MessageToString(ParseDict(config, ModelConfig()))
+        (folder / CONFIG).write_text(text, "utf-8")
+    return repository / name
+
+
+def sampler_model(bundle: Bundle, tableau: Tableau) -> onnx.ModelProto:
+    """The graph: the sampler with its table inside, in Triton's names, to eight-bit pixels."""
+    model = sampler_graph(onnx.load(str(bundle.network)), tableau.num_steps, tableau.num_places)
+    graph = model.graph
+    rows = tableau.step_rows(bundle.manifest.output.prediction())
+    graph.initializer.append(numpy_helper.from_array(weights_of(rows, tableau.num_places), "table"))
+    kept = [value for value in graph.input if value.name != "table"]
+    del graph.input[:]
+    graph.input.extend(kept)
+    for value in graph.input:
+        value.name = _INPUTS[value.name]
+    for node in graph.node:
+        node.input[:] = [_INPUTS.get(one, one) for one in node.input]
+    for name, number in (("scale", 127.5), ("middle", 128.0), ("black", 0.0), ("white", 255.0)):
+        graph.initializer.append(numpy_helper.from_array(np.float32(number), f"fewstep.{name}"))
+    last = graph.output[0].name
+    for kind, other, made in (
+        ("Mul", "fewstep.scale", "scaled"),
+        ("Add", "fewstep.middle", "moved"),
+        ("Max", "fewstep.black", "floored"),
+        ("Min", "fewstep.white", "clipped"),
+    ):
+        graph.node.append(helper.make_node(kind, [last, other], [f"fewstep.{made}"]))
+        last = f"fewstep.{made}"
+    graph.node.append(helper.make_node("Cast", [last], ["fewstep.pixels"], to=TensorProto.UINT8))
+    graph.node.append(helper.make_node("Transpose", ["fewstep.pixels"], ["IMAGE"], perm=[0, 2, 3, 1]))
+    channels, height, width = bundle.manifest.sample_shape
+    del graph.output[:]
+    shape: list[int | str | None] = ["batch", height, width, channels]
+    graph.output.append(helper.make_tensor_value_info("IMAGE", TensorProto.UINT8, shape))
+    onnx.checker.check_model(model)
+    return model
+
+
+def _refuse_other_pixels(bundle: Bundle, tableau: Tableau, model: onnx.ModelProto) -> None:
+    """Check the graph in ONNX Runtime: no pixel may be off by more than one, which is rounding."""
+    seeds = np.array([0, 5, 2**63], np.uint64)
+    labels = bundle.manifest.labels
+    requests = [Request(int(seed), tableau, i % len(labels.names) if labels else None) for i, seed in enumerate(seeds)]
+    given = graph_inputs(bundle, tableau, requests)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (images,) = session.run(None, given)
+    samples = Engine(bundle, max_rows=len(requests)).generate(requests)
+    off = max(
+        int(np.abs(ours.astype(int) - sample.to_uint8().astype(int)).max())
+        for ours, sample in zip(images, samples, strict=True)
+    )
+    if off > 1:
+        raise RepositoryError(f"{bundle.name}: the sampler's graph is off by up to {off} of 255; it was not written")
+
+
+def graph_inputs(bundle: Bundle, tableau: Tableau, requests: list[Request]) -> dict[str, NDArray[Any]]:
+    """What the graph is fed for requests, by the names of its inputs and without Triton's extra dimension."""
+    manifest = bundle.manifest
+    conditions: dict[str, NDArray[Any]] = {}
+    if manifest.labels:
+        conditions["label"] = np.array([request.label for request in requests], np.int64)
+    if manifest.guidance.mode == "embedded":
+        scale = [manifest.guidance.default if one.guidance is None else one.guidance for one in requests]
+        conditions["guidance"] = np.array(scale, np.float32)
+    seeds = np.array([request.seed for request in requests], np.uint64)
+    prediction, shape = manifest.output.prediction(), manifest.sample_shape
+    given = sampler_inputs(tableau, prediction, tableau.num_places, seeds, conditions, shape)
+    return {_INPUTS[name]: array for name, array in given.items() if name != "table"}
+
+
+def _config_of(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    tensor = value.type.tensor_type
+    dims = [dim.dim_value for dim in tensor.shape.dim][1:]
+    kind = _TYPES.get(tensor.elem_type, "TYPE_UINT8")
+    # Triton counts the batch as the first dimension, and knows no input without another one.
+    return {"name": value.name, "data_type": kind, "dims": dims or [1], **({} if dims else {"reshape": {"shape": []}})}
