@@ -108,7 +108,7 @@ def sampler_model(bundle: Bundle, tableau: Tableau) -> onnx.ModelProto:
     for node in graph.node:
         node.input[:] = [_INPUTS.get(one, one) for one in node.input]
     for name, number in (("scale", 127.5), ("middle", 128.0), ("black", 0.0), ("white", 255.0)):
-        graph.initializer.append(numpy_helper.from_array(np.float32(number), f"fewstep.{name}"))
+        graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), f"fewstep.{name}"))
     last = graph.output[0].name
     for kind, other, made in (
         ("Mul", "fewstep.scale", "scaled"),
