@@ -1,6 +1,7 @@
 # make demo     install, start a server, ask it for samples, write demo.png
 # make serve    the same, and go on serving at port 8000 until Ctrl-C
 # make test     install everything, then lint, types and tests
+# make proofs   the full load, abort, reload and fuzzing tests, into docs/results/proofs.json; a quarter of an hour
 # make gpu      on a machine with a GPU: its tests and its benchmark, into docs/results/gpu.json; not run on a GPU yet
 #
 # All of it happens in the folder .venv. PYTHON=python3.12 chooses another interpreter, ARGS="--port 9000" adds to
@@ -12,7 +13,7 @@ ARGS ?=
 
 INSTALL = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo serve test gpu lint clean
+.PHONY: help demo serve test proofs gpu lint clean
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
@@ -24,6 +25,9 @@ serve: $(VENV)/.serving
 
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+proofs: $(VENV)/.everything
+	PROOF_SCALE=1 PROOF_RESULTS=docs/results/proofs.json $(VENV)/bin/python -m pytest tests/test_proofs.py $(ARGS)
 
 gpu: $(VENV)/.everything
 	@$(INSTALL) --editable '.[gpu]'

@@ -92,7 +92,7 @@ class Engine:
         if max_rows < 1 or max_waiting < 1:
             raise ValueError(f"max_rows {max_rows} and max_waiting {max_waiting} must be at least 1")
         self.bundle = bundle
-        self.max_waiting = max_waiting
+        self.max_rows, self.max_waiting = max_rows, max_waiting
         self.weight = weight
         self.counters = Counters()
         self.pace = Pace()

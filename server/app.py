@@ -26,13 +26,13 @@ from ..runtime import Engine
 from .bodies import answer_nobody, read_body
 from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
 from .generation import ClientGone
-from .images import ImageRequest, ImageResponse, generate_images, start_job
+from .images import generate_images, start_job
 from .kserve import add_routes
 from .metrics import registry_of
+from .openapi import IMAGES, document_of
 from .service import Service
 from .tables import describe_table, load_table, unload_table
 
-IMAGES = "/v1/images/generations"
 PAGE = Path(__file__).parent / "page" / "index.html"
 
 
@@ -58,7 +58,7 @@ def create_app(service: Service) -> FastAPI:
     # A plain route, since the body is checked by hand; `front` takes it from here and matches it first.
     app.add_route(IMAGES, images, methods=["POST"])
     add_routes(app, service)  # before /v2/models/{model}/...
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document_of(app)  # type: ignore[method-assign]
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -105,7 +105,7 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v2/models/{model}/tables")
     async def post_table(model: str, request: Request) -> dict[str, Any]:
         engine = engine_of(model)
-        return await run_in_threadpool(load_table, engine, await read_body(request, service.settings.max_body_bytes))
+        return await run_in_threadpool(load_table, engine, await read_body(request, service.settings))
 
     @app.get("/v2/models/{model}/tables")
     async def tables(model: str) -> dict[str, Any]:
@@ -137,30 +137,6 @@ def create_app(service: Service) -> FastAPI:
         return FileResponse(PAGE)
 
     return app
-
-
-def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's OpenAPI document, and in it the plain route."""
-    if app.openapi_schema is None:
-        document = FastAPI.openapi(app)
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        content = {}
-        for model in (ImageRequest, ImageResponse):
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas |= schema.pop("$defs", {})
-            schemas[model.__name__] = schema
-            reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-            content[model] = {"content": {"application/json": {"schema": reference}}}
-        document["paths"][IMAGES] = {
-            "post": {
-                "summary": "Generate images",
-                "operationId": "generate_images",
-                "requestBody": {**content[ImageRequest], "required": True},
-                "responses": {"200": {"description": "The images", **content[ImageResponse]}},
-            }
-        }
-        app.openapi_schema = document
-    return app.openapi_schema
 
 
 def _describe_alias(name: str, parts: dict[str, float], created: int) -> dict[str, Any]:

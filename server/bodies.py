@@ -1,5 +1,6 @@
 """Bodies: reading one that may be too large or compressed, and writing one that goes on for as long as it is read."""
 
+import asyncio
 import zlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -10,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError
 from .generation import ClientGone, unless_gone
+from .settings import Settings
 
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits: which wrapping
 
@@ -19,22 +21,28 @@ async def answer_nobody(_: HttpRequest, __: Exception) -> Response:
     return Response(status_code=499)
 
 
-async def read_body(http: HttpRequest, limit: int) -> bytes:
-    """The body of a request, unpacked; of it no more than ``limit`` bytes are ever held, packed or not.
+async def read_body(http: HttpRequest, settings: Settings) -> bytes:
+    """The body of a request, unpacked; of it no more than ``max_body_bytes`` are ever held, packed or not.
 
     Raises:
-        ApiError: it is larger, or packed in a way that is not understood.
+        ApiError: it is larger, or slower, or packed in a way that is not understood.
         ClientGone: the client left before it was all there.
     """
+    limit = settings.max_body_bytes
     body, is_all = b"", False
-    while not is_all:
-        message = await http.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        body += message.get("body", b"")
-        is_all = not message.get("more_body", False)
-        if len(body) > limit:
-            raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            while not is_all:
+                message = await http.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                is_all = not message.get("more_body", False)
+                if len(body) > limit:
+                    raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    except TimeoutError:
+        told = f"the body was not there within {settings.body_timeout_s:g} s"
+        raise ApiError(408, told, code="body_too_slow") from None
     encodings = [value for name, value in http.scope["headers"] if name == b"content-encoding"]
     encoding = encodings[-1].decode("latin-1").lower() if encodings else "identity"
     return body if encoding == "identity" else _unpacked(body, encoding, limit)

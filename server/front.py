@@ -11,12 +11,13 @@ from fastapi import Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .app import IMAGES, create_app
+from .app import create_app
 from .bodies import answer_nobody
 from .errors import ApiError, crashed
 from .gate import HttpGate
 from .generation import ClientGone
 from .images import generate_images
+from .openapi import IMAGES
 from .service import Service
 
 # what scripts of other pages may read

@@ -110,7 +110,7 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
         ClientGone: nobody waits for the answer.
     """
     arrived_s = time.perf_counter()
-    asked = _parse(await read_body(http, service.settings.max_body_bytes))
+    asked = _parse(await read_body(http, service.settings))
     try:
         engine = engine_of(service, asked.model)
         requests = _requests(service, engine, asked)
@@ -131,7 +131,7 @@ async def start_job(http: HttpRequest, service: Service, name: str | None) -> Re
         ApiError: it cannot be answered; nothing of it was kept.
     """
     arrived_s = time.perf_counter()
-    body = await read_body(http, service.settings.max_body_bytes)
+    body = await read_body(http, service.settings)
     asked = _parse(body)
     if asked.stream:
         raise ApiError(400, "stream: a job is not streamed; leave it out", param="stream")

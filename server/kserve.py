@@ -81,11 +81,11 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return JSONResponse({"model_stats": [model_statistics(named(http))]})
 
     async def infer(http: HttpRequest) -> Response:
-        body = await read_body(http, service.settings.max_body_bytes)
+        body = await read_body(http, service.settings)
         return await _infer(http, service, named(http), body)  # named last: until then a student may be loaded anew
 
     async def generate(http: HttpRequest) -> Response:
-        body = await read_body(http, service.settings.max_body_bytes)
+        body = await read_body(http, service.settings)
         engine = named(http)
         call_id, requests, _ = _asked(body, service, engine)
         answer = partial(_generated, engine, call_id)
@@ -93,26 +93,26 @@ def add_routes(app: FastAPI, service: Service) -> None:
         return Response(body, media_type="application/json")
 
     async def generate_stream(http: HttpRequest) -> Response:
-        body = await read_body(http, service.settings.max_body_bytes)
+        body = await read_body(http, service.settings)
         engine = named(http)
         call_id, requests, every = _asked(body, service, engine)
         images = follow(service, engine, requests, lambda preview: every > 0 and preview.step % every == 0)
         return EventStream(_events(service, engine, call_id, requests, images))
 
     async def index(http: HttpRequest) -> Response:
-        asked = _object(await read_body(http, service.settings.max_body_bytes))
+        asked = _object(await read_body(http, service.settings))
         models = service.repository_index()
         if asked.get("ready"):
             models = [model for model in models if model["state"] == "READY"]
         return JSONResponse(models)
 
     async def load(http: HttpRequest) -> Response:
-        asked = _object(await read_body(http, service.settings.max_body_bytes))
+        asked = _object(await read_body(http, service.settings))
         await service.load(http.path_params["model"], _parameters_of(asked))
         return Response()
 
     async def unload(http: HttpRequest) -> Response:
-        _object(await read_body(http, service.settings.max_body_bytes))
+        _object(await read_body(http, service.settings))
         service.unload(http.path_params["model"])
         return Response()
 

@@ -7,12 +7,13 @@ written. A call that is cancelled cancels its images within one step.
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, NoReturn
 
 import grpc
 import numpy as np
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
@@ -122,8 +123,8 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
         async def unary(request: Any, context: Any) -> Any:
             try:
                 context.set_trailing_metadata((("x-request-id", name),))
-                if refusal:
-                    await _abort(context, refusal)
+                if refusal or request is _GARBLED:
+                    await _abort(context, refusal or _garbled())
                 if self._traces is None:
                     return await handler.unary_unary(request, context)
                 with self._traces.request(details.method, metadata, name):
@@ -142,13 +143,34 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
                 over(context)
 
         coding = {
-            "request_deserializer": handler.request_deserializer, "response_serializer": handler.response_serializer
+            "request_deserializer": _tolerant(handler.request_deserializer),
+            "response_serializer": handler.response_serializer,
         }  # fmt: skip
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(unary, **coding)
         if handler.stream_stream and not refusal and details.method.startswith("/grpc.reflection"):
             return handler
         return grpc.stream_stream_rpc_method_handler(stream, **coding) if handler.stream_stream else handler
+
+
+_GARBLED = object()  # in the place of a message that is none
+
+
+def _garbled() -> ApiError:
+    """What is told about bytes that are no message."""
+    return ApiError(400, "the message cannot be decoded: it is not what this method takes")
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A deserializer that leaves the complaint to us; gRPC's own is a traceback in the log."""
+
+    def read(raw: bytes) -> Any:
+        try:
+            return deserialize(raw)
+        except DecodeError:
+            return _GARBLED
+
+    return read
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the stubs are untyped
@@ -217,11 +239,14 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
         async def answer(request: Any) -> None:
             try:
+                if request is _GARBLED:
+                    raise _garbled()
                 async for response in self._responses(request):
                     answers.put_nowait(service_pb2.ModelStreamInferResponse(infer_response=response))
             except ApiError as error:
                 failed = service_pb2.ModelStreamInferResponse(error_message=error.renamed(NAMES).message)
-                failed.infer_response.id = request.id
+                if request is not _GARBLED:
+                    failed.infer_response.id = request.id
                 answers.put_nowait(failed)
 
         async def read() -> None:
