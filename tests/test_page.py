@@ -104,3 +104,72 @@ def test_the_page_works_from_the_keyboard_on_a_phone(browser: Browser, url: str)
         page.keyboard.press("Enter")
         expect(page.locator("#images img")).to_have_count(8)
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_the_steps_are_shown_as_they_come(browser: Browser, url: str) -> None:
+    with browsing(browser) as page:
+        page.goto(url)
+        page.locator("#solver").select_option("ddim")
+        page.locator("#steps").select_option("8")
+        page.locator("#n").fill("2")
+        page.evaluate(
+            """() => {
+                window.seen = new Set();
+                new MutationObserver(() => document.querySelectorAll("#images figcaption").forEach(
+                    caption => window.seen.add(caption.textContent)
+                )).observe(document.querySelector("#images"), {childList: true, subtree: true, characterData: true});
+            }"""
+        )
+        page.get_by_label("Show the steps").check()
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#images figcaption").nth(0)).to_have_text("seed 0")
+        expect(page.locator("#images figcaption").nth(1)).to_have_text("seed 1")
+        expect(page.locator("#status")).to_contain_text("2 by ddim with 8 steps: first picture after")
+        seen = set(page.evaluate("[...window.seen]"))
+        assert any(text.startswith("step ") and text.endswith(" of 8") for text in seen), seen
+        shown = page.locator("#images img").first.get_attribute("src")
+        page.get_by_label("Show the steps").uncheck()
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#status")).to_contain_text("in the server")
+        assert page.locator("#images img").first.get_attribute("src") == shown
+
+
+def test_two_settings_stand_side_by_side(browser: Browser, url: str) -> None:
+    with browsing(browser) as page:
+        page.goto(url)
+        expect(page.locator("#solver-b")).to_be_hidden()
+        page.get_by_label("Compare two settings").check()
+        page.locator("#solver").select_option("ddim")
+        page.locator("#solver-b").select_option("dpmpp_2m")
+        page.locator("#steps-b").select_option("2")
+        page.locator("#n").fill("3")
+        assert page.locator("#curl").inner_text().count("curl ") == 2
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#status")).to_have_text("Both are from the same seeds.")
+        for side, told in (("", "3 by ddim with 4 steps"), ("-b", "3 by dpmpp_2m with 2 steps")):
+            expect(page.locator(f"#images{side} img")).to_have_count(3)
+            expect(page.locator(f"#told{side}")).to_contain_text(told)
+            expect(page.locator(f"#images{side} figcaption").first).to_have_text("seed 0")
+        boxes = [page.locator(selector).bounding_box() for selector in ("#images", "#images-b")]
+        assert boxes[0] is not None
+        assert boxes[1] is not None
+        assert boxes[0]["y"] == boxes[1]["y"]
+        assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+        page.get_by_label("Compare two settings").uncheck()
+        expect(page.locator("#side-b")).to_be_hidden()
+
+
+def test_a_server_with_keys_asks_for_one(
+    browser: Browser, serving: Any, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_API_KEY", "open-sesame")
+    with serving(make_bundle(), "--no-grpc") as (_, (host, port)), browsing(browser) as page:
+        page.goto(f"http://{host}:{port}/")
+        expect(page.locator("#status")).to_contain_text("an API key is needed")
+        page.get_by_label("API key").fill("open-sesame")
+        page.get_by_label("API key").press("Tab")
+        expect(page.locator("#about")).to_have_text("Random weights, for tests.")
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#images img")).to_have_count(8)
+        assert "open-sesame" not in page.locator("#curl").inner_text()
+        assert "Bearer $KEY" in page.locator("#curl").inner_text()
