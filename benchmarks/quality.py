@@ -33,6 +33,7 @@ from fewstep.runtime import Tableau
 from fewstep.runtime.schedules import karras
 from fewstep.runtime.solvers import SOLVERS
 from fewstep.training import Checkpoint, Images, Recipe, load_checkpoint, load_recipe, sample, save_grid, train
+from fewstep.training.architectures import denoiser_of
 from fewstep.training.denoiser import Denoiser
 from fewstep.training.evaluate import make_judge
 from fewstep.training.images import load_images
@@ -46,6 +47,7 @@ from fewstep.training.sampling import ve_levels
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURES = ROOT / "docs" / "results", ROOT / "docs" / "images"
 JUDGED = "figures.json"
+FIRST = 0  # the training seed for which everything is judged
 TEACHER = "digits"  # the recipe whose teacher all others share
 
 RECIPES = (  # in the order of the page, and in which they are run
@@ -120,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=RECIPES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1_000, help="of each noise seed")
     parser.add_argument("--noise-seeds", type=int, default=2)
     parser.add_argument("--fashion", type=Path, nargs="*", default=[], help="finished runs")
@@ -152,6 +154,7 @@ class Arm:
     tableau: Tableau
     noise_seeds: int
     teacher: Denoiser | None = None  # whose own solution the samples are held against, where the table adds no noise
+    is_extra: bool = False  # whether it is judged for the first training seed alone
 
 
 class Bench:
@@ -189,10 +192,12 @@ class Bench:
         arms = list(student_arms(recipe, student, teacher, self.noise_seeds))
         if isinstance(recipe.student, Guided):
             arms += guided_arms(recipe, out, student, teacher)
-        if isinstance(recipe.student, Dkdm) and recipe.student.network:
+        if isinstance(recipe.student, Dkdm) and recipe.student.network and recipe.student.network.kind == "unet":
             arms += dkdm_arms(recipe, out, teacher, self.examiner(TEACHER).images, self.noise_seeds)
         if name == TEACHER:
             arms += teacher_arms(recipe, teacher)
+        if seed != FIRST:
+            arms = [arm for arm in arms if not arm.is_extra]
         self.judge(out, arms, TEACHER, seconds=seconds_of(out), student=recipe.hash)
 
     def fashion(self, out: Path, data: Path | None) -> None:
@@ -200,7 +205,7 @@ class Bench:
         path = out / "student.safetensors"
         student, teacher = load_checkpoint(path), load_checkpoint(out / "teacher.safetensors")
         recipe = student.recipe
-        arms = list(student_arms(recipe, student, teacher, self.noise_seeds))
+        arms = [arm for arm in student_arms(recipe, student, teacher, self.noise_seeds) if not arm.is_extra]
         if isinstance(recipe.student, Guided):
             arms += guided_arms(recipe, out, student, teacher)
         folder = self.runs / f"fashion-{recipe.name}"
@@ -250,11 +255,8 @@ class Bench:
 
 def predictor(checkpoint: Checkpoint, w: float = 0.0) -> Denoiser:
     """A network, guided by ``w`` if it can be."""
-    config = checkpoint.network.config
-    return Denoiser(
-        checkpoint.network, checkpoint.sigma_data, len(checkpoint.class_names), w, config.guidance_embedding,
-        config.prediction,
-    )  # fmt: skip
+    network, classes = checkpoint.network, len(checkpoint.class_names)
+    return denoiser_of(network, network.config, checkpoint.sigma_data, classes, w)
 
 
 def cost(denoiser: Denoiser, tableau: Tableau) -> int:
@@ -272,7 +274,13 @@ def student_arms(recipe: Recipe, student: Checkpoint, teacher: Checkpoint, seeds
             is_own = steps == settings.num_steps
             levels = ve_levels(student.sigmas) if is_own else karras(steps, settings.sigma_min, settings.sigma_max)
             yield Arm(
-                f"student {solver} {steps}", steps, few, SOLVERS[solver](levels), seeds if is_own else 1, solution
+                f"student {solver} {steps}",
+                steps,
+                few,
+                SOLVERS[solver](levels),
+                seeds if is_own else 1,
+                solution,
+                not is_own,
             )
 
 
@@ -283,7 +291,8 @@ def teacher_arms(recipe: Recipe, teacher: Checkpoint) -> Iterable[Arm]:
         for steps in (1, 2, 4, 8, 16, 32, 64) if solver == "dpmpp_2m" else (1, 2, 4, 8, 16, 32):
             for floor in (0.25, 0.05) if 1 < steps <= 8 else (0.01,):
                 table = SOLVERS[solver](karras(steps, floor, top))
-                yield Arm(f"teacher {solver} {steps} to {floor:g}", steps, network, table, 1, network)
+                is_extra = steps not in (4, 8, 32) or (steps, floor) == (8, 0.25)
+                yield Arm(f"teacher {solver} {steps} to {floor:g}", steps, network, table, 1, network, is_extra)
 
 
 def guided_arms(recipe: Recipe, out: Path, student: Checkpoint, teacher: Checkpoint) -> Iterable[Arm]:
@@ -378,7 +387,8 @@ def write(runs: Path) -> None:
     for name in RECIPES:
         units = [held[key] for key in held if key.rpartition("-")[0] == name]
         if units:
-            arms = {arm: gathered(units, arm) for arm in units[0]["arms"] if all(arm in unit["arms"] for unit in units)}
+            units.sort(key=lambda unit: -len(unit["arms"]))
+            arms = {arm: gathered([unit for unit in units if arm in unit["arms"]], arm) for arm in units[0]["arms"]}
             recipe = load_recipe(name).student
             students[name] = {
                 "method": recipe.method, "steps": recipe.num_steps, "solver": method_of(recipe).solvers[0],
@@ -571,7 +581,7 @@ def page(results: Cell) -> str:
         "Made by `python benchmarks/quality.py` from `students.json` beside it; do not edit.", "",
         f"{results['date']}, one thread of a shared {results['machine']} machine. Digits: scikit-learn's 1797 of 8 x 8 "
         "pixels, the recipes that ship, each trained from its own seed with a teacher of that seed. Mean and standard "
-        "deviation are over training seeds (where there is one, over noise seeds). Each is judged on "
+        "deviation are over training seeds, where more than one was judged, else over noise seeds. Each is judged on "
         f"{results['samples']} samples by one classifier (sha256 {results['classifier_sha256'][:12]}). *distance* is "
         "the Frechet distance to the training images in its features: not FID, and only comparable on this page. "
         "*memorisation* is the distance to the nearest training image over that of held-out images: well below 1 is "
@@ -683,8 +693,9 @@ def fashion_page(fashion: Cell, header: tuple[str, ...]) -> list[str]:
     for name, cell in fashion.items():
         text += [
             f"## Fashion-MNIST: `{name}`", "",
-            f"One training seed, {cell['about']['seconds']:.0f} s of one thread for the student; the distances are of "
-            f"a classifier of their own (sha256 {cell['classifier'][:12]}).", "",
+            f"One training seed, {cell['about']['seconds']:.0f} s of one thread for the student; "
+            f"{cell['about']['samples']} samples. The distances are of a classifier of their own (sha256 "
+            f"{cell['classifier'][:12]}).", "",
             line("network", "calls", *header), line(*["---"] * (2 + len(header))),
             line("held-out images", "", *figures_of(cell["floor"])),
             *(line(arm, own["calls"], *figures_of(own)) for arm, own in cell["arms"].items()), "",

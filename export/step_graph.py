@@ -7,8 +7,10 @@ arithmetic is float32: the network of the file is the network with its weights r
 and the exporter did is measured against torch each time, and refused when it is more than rounding.
 """
 
+import hashlib
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,7 @@ def export_step_graph(
     assert program is not None
     model = program.model_proto
     if half:
-        _store_in_half(model)
+        _store_in_half(model, network.state_dict())
     _drop_notes(model)
     save_model(model, path)
     onnx.checker.check_model(str(path))  # by its path, since a large model does not fit into one message
@@ -120,11 +122,18 @@ def _inputs(
     return inputs
 
 
-def _store_in_half(model: onnx.ModelProto) -> None:
-    """Keep large float32 weights as float16 behind a Cast, which every runtime folds away at load."""
+def _store_in_half(model: onnx.ModelProto, weights: Mapping[str, torch.Tensor]) -> None:
+    """Keep large float32 weights as float16 behind a Cast, which every runtime folds away at load.
+
+    Constants of the graph that are no weights, such as the frequencies of an embedding, are kept as they are. The
+    exporter keeps the names of most weights; others, such as matrices that it transposes, are known by what they hold.
+    """
+    large = [weight.detach() for weight in weights.values() if weight.numel() >= _SMALL]
+    held = {_digest(weight.numpy()) for weight in large} | {_digest(w.T.numpy()) for w in large if w.ndim == 2}
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _SMALL:
+        is_large = tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= _SMALL
+        if not is_large or (tensor.name not in weights and _digest(numpy_helper.to_array(tensor)) not in held):
             continue
         name = tensor.name
         stored = numpy_helper.from_array(_to_half(numpy_helper.to_array(tensor), name), f"{name}.half")
@@ -133,6 +142,10 @@ def _store_in_half(model: onnx.ModelProto) -> None:
     nodes = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*casts, *nodes])
+
+
+def _digest(array: NDArray[Any]) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 
 def _to_half(array: NDArray[Any], name: str) -> NDArray[np.float16]:

@@ -3,12 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 diffusers: Any = pytest.importorskip("diffusers")
 
+from fewstep.kernels import normals  # noqa: E402
+from fewstep.runtime import Engine, Request  # noqa: E402
+from fewstep.runtime.schedules import karras  # noqa: E402
+from fewstep.runtime.solvers import SOLVERS  # noqa: E402
+from fewstep.training import RecipeError, load_checkpoint, train  # noqa: E402
+from fewstep.training.architectures import denoiser_of  # noqa: E402
 from fewstep.training.diffusers_teacher import DiffusersError, load_diffusers  # noqa: E402
+from fewstep.training.loop import generator  # noqa: E402
+from fewstep.training.recipe import Recipe, recipe_from  # noqa: E402
+from fewstep.training.sampling import follow, ve_levels  # noqa: E402
+from fewstep.training.student_bundle import export_checkpoint  # noqa: E402
 
 
 def saved(folder: Path, prediction: str, channels_out: int = 1, **scheduler: Any) -> Path:
@@ -58,3 +70,102 @@ def test_folders_that_are_no_teacher_are_refused_by_name(tmp_path: Path) -> None
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(DiffusersError, match=r"is a AutoencoderKL, not one of UNet2DModel"):
         load_diffusers(tmp_path)
+
+
+# --- in recipes
+
+
+def pipeline(folder: Path, kind: str, prediction: str = "epsilon", scheduler: str = "scaled_linear") -> dict[str, Any]:
+    """A small random network of ten classes on digits, and the ``[network]`` table that names it."""
+    torch.manual_seed(0)
+    blocks = {"layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
+    table: dict[str, Any] = {"kind": "diffusers", "folder": str(folder)}
+    if kind == "DiTTransformer2DModel":
+        network = diffusers.DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=1, sample_size=8,
+            patch_size=2, num_embeds_ada_norm=10, norm_num_groups=1,
+        )  # fmt: skip
+        network.save_pretrained(folder / "transformer")
+    elif kind == "UNet2DConditionModel":
+        network = diffusers.UNet2DConditionModel(
+            sample_size=8, in_channels=1, out_channels=1, cross_attention_dim=8, attention_head_dim=4, **blocks,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )  # fmt: skip
+        network.save_pretrained(folder / "unet")
+        table["conditions"] = str(folder / "conditions.safetensors")
+        save_file({"conditions": torch.randn(11, 3, 8)}, table["conditions"])
+    else:
+        network = diffusers.UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, **blocks, num_class_embeds=None if kind == "plain" else 11,
+            down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        network.save_pretrained(folder / "unet")
+    made = diffusers.DDIMScheduler(prediction_type=prediction, beta_schedule=scheduler)
+    made.save_pretrained(folder / "scheduler")
+    return table
+
+
+def recipe_of(table: dict[str, Any], /, **student: Any) -> Recipe:
+    short = {"sigma_max": 14.0, "sigma_floor": 0.03, "images": 48, "batch": 16, "guidance": 0.0, "num_steps": 2}
+    data = {"source": "digits", "sigma_data": 0.75}
+    evaluation = {"samples": 100, "classifier_images": 1000, "noise_seeds": 1, "step_counts": [2]}
+    return recipe_from(
+        {"name": "a", "data": data, "network": table, "student": {**short, **student}, "evaluation": evaluation}
+    )
+
+
+SMALL = {"channels": 8, "blocks": 1, "patch": 1, "attention": False}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "UNet2DModel": ("v_prediction", {"method": "moment-matching", "guidance": 1.0}),
+    "UNet2DConditionModel": ("epsilon", {"method": "progressive", "start_steps": 4}),
+    "DiTTransformer2DModel": ("epsilon", {"method": "dkdm", "pool": 32, "chain_steps": 4, "network": SMALL}),
+    "plain": ("sample", {"method": "output-distillation", "trajectories": 32, "teacher_steps": 4}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_teacher_of_diffusers_is_distilled_exported_and_served(kind: str, tmp_path: Path) -> None:
+    """By a recipe that names its folder; the engine's samples of teacher and student are those of the loop in torch."""
+    prediction, student = METHODS[kind]
+    recipe = recipe_of(pipeline(tmp_path / "pipeline", kind, prediction), **student)
+    run = tmp_path / "run"
+    train(recipe, run, until="student", quiet=True)
+    for name, steps in (("teacher", 3), ("student", 2)):
+        checkpoint = load_checkpoint(run / f"{name}.safetensors")
+        bundle, _ = export_checkpoint(run / f"{name}.safetensors", tmp_path / name)
+        assert (bundle.manifest.labels is None) == (kind == "plain")
+        is_guided = bundle.manifest.guidance.mode == "embedded"
+        solver = "ddim" if ("ddim", steps) in bundle.tableaus else bundle.manifest.default_tableau.solver
+        label = None if kind == "plain" else 3
+        request = Request(5, bundle.tableau(solver, steps), label, 1.0 if is_guided else None)
+        (sample,) = Engine(bundle, threads=1).generate([request])
+        levels = karras(steps, 0.05, 14.0) if name == "teacher" else ve_levels(checkpoint.sigmas)
+        table = SOLVERS[solver](levels)
+        noise = torch.from_numpy(normals(np.array([5], np.uint64), np.array([0]), 64)).reshape(1, 1, 8, 8)
+        denoiser = denoiser_of(checkpoint.network, checkpoint.network.config, checkpoint.sigma_data, 10)
+        if not table.is_stochastic:
+            *_, end = follow(denoiser, table, table.initial_scale * noise, torch.tensor([3]), generator(0))
+            assert np.abs(sample.pixels - end[0].numpy()).max() < 2e-2  # weights are stored in float16
+        assert np.isfinite(sample.pixels).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_network_of_diffusers_cannot_do_is_refused_before_the_run(tmp_path: Path) -> None:
+    network = pipeline(tmp_path / "a", "UNet2DModel")
+    told = pipeline(tmp_path / "b", "UNet2DConditionModel")
+    plain = pipeline(tmp_path / "c", "plain")
+    for table, student, message in (
+        (network, {"sigma_max": 40.0}, r"^\[student\] sigma_max = 40; the network's noisiest level is 36\.9"),
+        (network, {"sigma_floor": 1e-3}, r"^\[student\] sigma_floor = 0\.001; the network's cleanest level is 0\.01"),
+        (network, {"method": "guided", "start_steps": 2}, r"^\[student\] method = 'guided' adds an input"),
+        (plain, {"guidance": 1.0}, r"^\[student\] guidance = 1, but the network takes no class; give 0"),
+        ({**told, "conditions": None}, {}, r"^\[network\] .*unet: is told embeddings; give one for each class"),
+        ({**network, "conditions": told["conditions"]}, {}, r"^\[network\] .*unet: takes none$"),
+        ({**network, "folder": str(tmp_path / "none")}, {}, r"^\[network\] .*scheduler_config.json: cannot be read"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            train(recipe_of(table, **student), tmp_path / "run", quiet=True)
+    with pytest.raises(RecipeError, match=r"^\[network\] kind = 'diffusers' and folder go together$"):
+        recipe_of({"kind": "diffusers"})

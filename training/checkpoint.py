@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .network import NetworkConfig, UNet
+from .architectures import AnyNetwork, build_network
+from .diffusers_teacher import Description
+from .network import NetworkConfig
 from .recipe import Recipe, recipe_from
-from .transformer import Transformer, build_network
 
 FORMAT = "fewstep-checkpoint-1"
 
@@ -34,7 +35,7 @@ class Checkpoint:
     """A trained network and all that is known of it: what export reads."""
 
     kind: str  # "teacher" or "student"
-    network: UNet | Transformer  # averaged weights, in evaluation mode, on the CPU
+    network: AnyNetwork  # averaged weights, in evaluation mode, on the CPU
     recipe: Recipe
     class_names: tuple[str, ...]
     sigma_data: float
@@ -69,8 +70,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     tensors, about = read_tensors(Path(path))
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a trained network; its format is {about.get('format')!r}, not {FORMAT!r}")
-    shape = about["network"].pop("sample_shape")
-    network = build_network(NetworkConfig(sample_shape=tuple(shape), **about["network"]))
+    network = build_network(_config(about["network"]))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
@@ -87,6 +87,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         dataset=about["dataset"],
         licence=about["licence"],
     )
+
+
+def _config(about: dict[str, Any]) -> NetworkConfig:
+    """What ``asdict`` made of a configuration, and JSON of that."""
+    described = about.pop("diffusers", None)
+    if described is not None:
+        shape = described.pop("conditions")
+        described = Description(**described, conditions=None if shape is None else tuple(shape))
+    return NetworkConfig(sample_shape=tuple(about.pop("sample_shape")), diffusers=described, **about)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

@@ -17,13 +17,14 @@ that is finished starts again from noise, with a new class.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..runtime.schedules import karras
 from ..runtime.solvers import ancestral
+from .architectures import configure
 from .denoiser import edm_weight, per_row
 from .distillation import Distillation, posterior
 from .loop import Batch, Plan, generator, noise_like
@@ -92,7 +93,8 @@ class Pool:
             goal = torch.randint(len(self.a), (count,), generator=rng)
             for stride in range(1, STRIDES + 1):
                 there = (goal * stride / STRIDES).round().long().to(self.x.device)
-                for rows in torch.split((there > self.row).nonzero().squeeze(1), 256):
+                behind = (there > self.row).nonzero().squeeze(1)
+                for rows in torch.split(behind, 256) if len(behind) else ():
                     here, below, x = self.sigma[self.row[rows]], self.sigma[there[rows]], self.x[rows]
                     x0 = self.distillation.teacher(x, here, self.label[rows])
                     self.x[rows] = posterior(x, x0, here, below, rng)
@@ -116,4 +118,4 @@ def other_network(settings: Dkdm, config: NetworkConfig) -> NetworkConfig:
     """The student's architecture, for the teacher's images and classes."""
     if settings.network is None:
         return config
-    return NetworkConfig(config.sample_shape, config.num_classes, **asdict(settings.network))
+    return configure(settings.network, config.sample_shape, config.num_classes)

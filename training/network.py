@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .denoiser import PredictionType
+
+if TYPE_CHECKING:
+    from .diffusers_teacher import Description
 
 GROUPS = 8  # of every GroupNorm, so a width is a multiple of 8
 
@@ -43,11 +46,19 @@ class NetworkConfig:
     fine_channels: int = 8  # at single pixels
     attention: bool = True  # at the low resolution
     heads: int = 4
-    kind: Literal["unet", "transformer"] = "unet"
+    kind: Literal["unet", "transformer", "diffusers"] = "unet"
     prediction: PredictionType = "edm"  # what the raw output means
     guidance_embedding: bool = False  # whether the network is told the guidance scale
+    diffusers: Description | None = None  # of a network of that kind; of the rest it then reads the prediction alone
+
+    @property
+    def takes_label(self) -> bool:
+        """Whether the network is told the class."""
+        return self.diffusers is None or self.diffusers.num_labels > 0
 
     def __post_init__(self) -> None:
+        if self.diffusers is not None:
+            return
         for name in ("channels", "fine_channels"):
             if getattr(self, name) % GROUPS:
                 raise ValueError(f"{name} = {getattr(self, name)} is not a multiple of {GROUPS}")

@@ -58,11 +58,17 @@ class Network:
     fine_channels: int = setting(8, least=8)
     attention: bool = True
     heads: int = setting(4, least=1)
-    kind: Literal["unet", "transformer"] = "unet"
+    kind: Literal["unet", "transformer", "diffusers"] = "unet"
     prediction: PredictionType = "edm"
+    folder: str | None = None  # of kind diffusers: a pipeline's, which says all of the above; a teacher's weights too
+    conditions: str | None = None  # and a safetensors file of what a UNet2DConditionModel is told for each class
 
     def __post_init__(self) -> None:
         check("network", self)
+        if (self.kind == "diffusers") != (self.folder is not None):
+            raise RecipeError("[network] kind = 'diffusers' and folder go together")
+        if self.conditions is not None and self.folder is None:
+            raise RecipeError("[network] conditions are those of kind = 'diffusers'")
 
 
 @dataclass(frozen=True, slots=True)

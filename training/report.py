@@ -26,6 +26,7 @@ from torch import Tensor
 from ..runtime import Bundle, Engine, Request, Tableau
 from ..runtime.schedules import karras
 from ..runtime.solvers import SOLVERS
+from .architectures import denoiser_of
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from .denoiser import Denoiser
 from .evaluate import Array, Judge, features_of, frechet, kernel_distance, make_judge, nearest, precision_recall
@@ -201,10 +202,8 @@ def _denoiser(checkpoint: Checkpoint, scale: float | None) -> Denoiser:
     can_be_told = config.guidance_embedding or checkpoint.kind == "teacher"
     if scale is not None and not can_be_told:
         raise CheckpointError(f"guidance: {scale:g}; that of this student is fixed at {1 + checkpoint.guidance:g}")
-    return Denoiser(
-        checkpoint.network, checkpoint.sigma_data, len(checkpoint.class_names), w if can_be_told else 0.0,
-        config.guidance_embedding, config.prediction,
-    )  # fmt: skip
+    w = w if can_be_told else 0.0
+    return denoiser_of(checkpoint.network, config, checkpoint.sigma_data, len(checkpoint.class_names), w)
 
 
 def _of_checkpoint(

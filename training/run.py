@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -32,18 +33,19 @@ from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 from ..runtime.schedules import karras
 from ..runtime.solvers import SOLVERS
 from ..runtime.tableau import Tableau
+from .architectures import AnyNetwork, build_network, conditions_of, configure, denoiser_of
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .denoiser import Denoiser
+from .diffusers_teacher import DiffusersError, load_network
 from .distillation import Distillation, Stage
 from .evaluate import Scores, make_judge, write_metrics
 from .images import Images, load_images, to_float
 from .loop import Plan, TrainingError, generator, train_plan
 from .methods import method_of
-from .network import NetworkConfig, UNet, channels_last
-from .recipe import Recipe, RecipeError
+from .network import NetworkConfig, channels_last
+from .recipe import Guided, Recipe, RecipeError, Student
 from .sampling import sample, save_grid, ve_levels
 from .teacher import teacher_plan
-from .transformer import Transformer, build_network
 
 Part = Literal["teacher", "student", "evaluation"]
 PARTS: tuple[Part, ...] = ("teacher", "student", "evaluation")
@@ -104,15 +106,39 @@ def read_data(recipe: Recipe, data: str | Path | None) -> Images:
     """The images of a recipe, from ``data`` if given; checked against the network's shape."""
     images = load_images(recipe.data.source, data or recipe.data.path, recipe.data.class_names)
     try:
-        network_config(recipe, images)
+        config = network_config(recipe, images)
+    except DiffusersError as error:
+        raise RecipeError(f"[network] {error}") from None
     except ValueError as error:
         raise RecipeError(f"[network] does not suit the images: {error}") from None
+    if config.diffusers is not None:
+        refuse_misuse(recipe.student, config)
     return images
+
+
+def refuse_misuse(settings: Student, config: NetworkConfig) -> None:
+    """Check that a method can do with a network of diffusers as it is.
+
+    Raises:
+        RecipeError: it asks for levels, classes or inputs that the network does not know.
+    """
+    assert config.diffusers is not None
+    schedule = config.diffusers.schedule()
+    least, most = (float(schedule.ratio(np.array([t]))[0]) for t in (0.0, np.inf))
+    if settings.sigma_max > most * (1 + 1e-6):
+        raise RecipeError(f"[student] sigma_max = {settings.sigma_max:g}; the network's noisiest level is {most:.6g}")
+    if settings.sigma_floor < least * (1 - 1e-6):
+        floor = f"{settings.sigma_floor:g}; the network's cleanest level is {least:.3g}"
+        raise RecipeError(f"[student] sigma_floor = {floor}")
+    if not config.takes_label and settings.guidance != 0:
+        raise RecipeError(f"[student] guidance = {settings.guidance:g}, but the network takes no class; give 0")
+    if isinstance(settings, Guided):
+        raise RecipeError("[student] method = 'guided' adds an input, which networks of diffusers do not have")
 
 
 def network_config(recipe: Recipe, images: Images) -> NetworkConfig:
     """The recipe's network for these images."""
-    return NetworkConfig(images.sample_shape, len(images.class_names), **dataclasses.asdict(recipe.network))
+    return configure(recipe.network, images.sample_shape, len(images.class_names))
 
 
 def _process(
@@ -155,7 +181,9 @@ class Run:
         self.sigmas = tuple(float(sigma) for sigma in levels.sigma[:-1])
 
     def teacher(self) -> Checkpoint:
-        """Train the teacher, or load the finished one."""
+        """Train the teacher, or load the finished one, or that of a folder."""
+        if self.recipe.network.folder is not None and not (self.out / "teacher.safetensors").exists():
+            self._take(self.recipe.network.folder)
         with torch.random.fork_rng():
             torch.manual_seed(self.recipe.seed)
             network = build_network(network_config(self.recipe, self.images))
@@ -164,6 +192,14 @@ class Run:
             return teacher_plan(self.recipe.teacher, self._denoiser(self._prepare(network)))
 
         return self._finish(plan, network, "teacher", (), 0.0)
+
+    def _take(self, folder: str) -> None:
+        """Keep a trained network of diffusers as the teacher."""
+        if self.accelerator.is_main_process:
+            network = load_network(folder, conditions_of(self.recipe.network))
+            network.config = network_config(self.recipe, self.images)
+            self._save(self.out / "teacher.safetensors", "teacher", network, (), 0.0, 0)
+        self.accelerator.wait_for_everyone()
 
     def student(self, teacher: Checkpoint) -> Checkpoint:
         """Distil the student stage by stage, or load the finished one."""
@@ -207,7 +243,7 @@ class Run:
 
     def _denoiser(self, network: nn.Module, guidance: float = 0.0) -> Denoiser:
         config = self.accelerator.unwrap_model(network).config
-        return Denoiser(network, self.sigma_data, self.no_class, guidance, config.guidance_embedding, config.prediction)
+        return denoiser_of(network, config, self.sigma_data, self.no_class, guidance)
 
     def _prepare(self, network: nn.Module) -> nn.Module:
         prepared = self.accelerator.prepare(channels_last(network))
@@ -217,7 +253,7 @@ class Run:
     def _finish(
         self,
         make_plan: Callable[[], Plan],
-        network: UNet | Transformer,
+        network: AnyNetwork,
         name: str,
         sigmas: tuple[float, ...],
         guidance: float,
@@ -229,25 +265,23 @@ class Run:
             averaged = train_plan(plan, self.images, self.recipe, self.out / name, self.accelerator, self.console, show)
             network.load_state_dict(averaged)
             if self.accelerator.is_main_process:
-                checkpoint = Checkpoint(
-                    kind,
-                    network,
-                    self.recipe,
-                    self.images.class_names,
-                    self.sigma_data,
-                    sigmas,
-                    guidance,
-                    plan.steps * plan.batch,
-                    self.recipe.data.dataset,
-                    self.recipe.data.licence,
-                )
-                save_checkpoint(checkpoint, path)
+                self._save(path, kind, network, sigmas, guidance, plan.steps * plan.batch)
             self.accelerator.wait_for_everyone()
         checkpoint = load_checkpoint(path)
         differences = self.recipe.differences(checkpoint.recipe.text, student=kind == "student")
         if differences:
             raise TrainingError(f"{path}: made by another recipe ({'; '.join(differences[:3])}); use another folder")
         return checkpoint
+
+    def _save(
+        self, path: Path, kind: str, network: AnyNetwork, sigmas: tuple[float, ...], guidance: float, images: int
+    ) -> None:
+        data = self.recipe.data
+        checkpoint = Checkpoint(
+            kind, network, self.recipe, self.images.class_names, self.sigma_data, sigmas, guidance, images,
+            data.dataset, data.licence,
+        )  # fmt: skip
+        save_checkpoint(checkpoint, path)
 
     def _show(self, network: nn.Module, path: Path, sigmas: tuple[float, ...]) -> None:
         """Draw a few samples of every class, on the grid of the stage."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..runtime.schedules import COSINE, EDM, Levels, straight
 from ..runtime.tableau import Tableau
-from .denoiser import PredictionType, Predictor
+from .denoiser import Predictor
+from .network import NetworkConfig
 
 
 @torch.no_grad()
@@ -74,11 +75,16 @@ def ve_levels(sigmas: Sequence[float]) -> Levels:
     return Levels(np.ones(len(sigma) + 1), np.append(sigma, 0.0), np.log(sigma) / 4, schedule=EDM)
 
 
-def on_path(levels: Levels, prediction: PredictionType) -> Levels:
-    """Levels of the path ``alpha = 1`` on the path of a prediction type; see `denoiser.parametrise`."""
+def on_path(levels: Levels, config: NetworkConfig) -> Levels:
+    """Levels of the path ``alpha = 1`` on a network's own, with its times; see `denoiser.parametrise`."""
+    prediction = config.prediction
     if prediction == "edm":
         return levels
     ratio = levels.sigma / levels.alpha
+    if config.diffusers is not None:
+        schedule = config.diffusers.schedule()
+        alpha = 1 / np.hypot(1, ratio)
+        return Levels(alpha, ratio * alpha, np.asarray(schedule.time(ratio[:-1])), schedule=schedule)
     if prediction == "flow":
         return Levels(1 / (1 + ratio), ratio / (1 + ratio), (ratio / (1 + ratio))[:-1], schedule=straight())
     alpha = 1 / np.hypot(1, ratio)

@@ -58,7 +58,7 @@ def export_checkpoint(
     metrics_file = path.parent / "metrics.json"
     metrics = json.loads(metrics_file.read_text("utf-8")) if metrics_file.is_file() else {}
     tables = list(_tables(checkpoint))
-    num_classes = len(checkpoint.class_names)
+    num_classes = len(checkpoint.class_names) if checkpoint.network.config.takes_label else 0
     is_teacher = checkpoint.kind == "teacher"
     steps = 8 if is_teacher else len(checkpoint.sigmas)
     is_guided = is_teacher and bool(num_classes)
@@ -85,7 +85,7 @@ def export_checkpoint(
         "provenance": {
             "dataset": checkpoint.dataset,
             "images_seen": str(checkpoint.images),
-            "method": "denoising, EDM" if is_teacher else student.method,
+            "method": _source(checkpoint) if is_teacher else student.method,
             "guidance_baked_in": "none" if is_told else f"{1 + checkpoint.guidance:g}",
             "recipe_sha256": checkpoint.recipe.hash,
         },
@@ -119,10 +119,11 @@ class Guided(nn.Module):
 
 
 def _tables(checkpoint: Checkpoint) -> Iterable[Tableau]:
-    prediction = checkpoint.network.config.prediction
+    config = checkpoint.network.config
     if checkpoint.kind == "teacher":
         for steps in (3, 4, 5, 6, 7, 8, 12, 16, 32):
-            levels = on_path(karras(steps, 0.05 if steps <= 8 else 0.01, 40.0), prediction)
+            top = checkpoint.recipe.student.sigma_max
+            levels = on_path(karras(steps, 0.05 if steps <= 8 else 0.01, top), config)
             yield from (ddim(levels), dpmpp_2m(levels))
             if steps <= 16:
                 yield from (ipndm(levels, 2), ipndm(levels, 3), unipc(levels, 2))
@@ -133,7 +134,7 @@ def _tables(checkpoint: Checkpoint) -> Iterable[Tableau]:
         levels = ve_levels(checkpoint.sigmas) if steps == own else karras(steps, sigma_min, sigma_max)
         for solver in _solvers(checkpoint):
             if steps > 2 or solver != "dpmpp_2m" or steps == own:
-                yield SOLVERS[solver](on_path(levels, prediction))
+                yield SOLVERS[solver](on_path(levels, config))
 
 
 def _solvers(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -141,6 +142,11 @@ def _solvers(checkpoint: Checkpoint) -> tuple[str, ...]:
     student = checkpoint.recipe.student
     is_last = len(checkpoint.sigmas) == student.num_steps
     return method_of(student).solvers if is_last else ("ddim",)  # a stage on the way is deterministic
+
+
+def _source(checkpoint: Checkpoint) -> str:
+    folder = checkpoint.recipe.network.folder
+    return "denoising, EDM" if folder is None else f"diffusers, {Path(folder).name}"
 
 
 def _describe(checkpoint: Checkpoint) -> str:

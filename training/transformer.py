@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .network import GuidanceEmbedding, NetworkConfig, UNet, waves
+from .network import GuidanceEmbedding, NetworkConfig, waves
 
 
 class TransformerBlock(nn.Module):
@@ -73,8 +73,3 @@ class Transformer(nn.Module):
             h = block(h, emb)
         raw = self.out(self.norm(h)).transpose(1, 2).unflatten(2, self.grid)
         return F.pixel_shuffle(raw, self.config.patch)
-
-
-def build_network(config: NetworkConfig) -> UNet | Transformer:
-    """A new network of a configuration's kind."""
-    return UNet(config) if config.kind == "unet" else Transformer(config)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -63,7 +61,7 @@ class _Guided:
 
 
 def _rebuild(bundle: Bundle) -> nn.Module:
-    from ..network import NetworkConfig, UNet
+    from ..architectures import build_network, configure
 
     labels = bundle.manifest.labels
     advice = "give --checkpoint with the file it was exported from"
@@ -71,10 +69,10 @@ def _rebuild(bundle: Bundle) -> nn.Module:
         recipe = recipe_from(json.loads((bundle.path / "recipe.json").read_text("utf-8")))
     except (OSError, ValueError):
         raise FitError(f"{bundle.name}: holds no recipe.json to rebuild the network in torch from; {advice}") from None
-    known = {field.name for field in dataclasses.fields(NetworkConfig)}
-    shape: dict[str, Any] = {key: value for key, value in dataclasses.asdict(recipe.network).items() if key in known}
     try:
-        network = UNet(NetworkConfig(bundle.manifest.sample_shape, len(labels.names) if labels else 0, **shape))
+        network = build_network(
+            configure(recipe.network, bundle.manifest.sample_shape, len(labels.names) if labels else 0)
+        )
         network.load_state_dict(_weights(bundle, network))
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
