@@ -124,6 +124,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_teacher_of_diffusers_is_distilled_exported_and_served(kind: str, tmp_path: Path) -> None:
