@@ -144,7 +144,8 @@ def test_a_sample_has_the_same_bits_in_any_company(kind: str, request: pytest.Fi
     plans = [Plan(bundle, rng).request for _ in range(80)]
     loop = Loop(bundle)
     alone = [loop.sample(plan) for plan in plans]
-    engines = [engine_of(bundle, max_rows=rows) for rows in (1, 2, 3, 4, 5, 8)]
+    sizes = ((1, 1), (2, 1), (3, 2), (4, 3), (5, 1), (8, 2))
+    engines = [engine_of(bundle, max_rows=rows, threads=threads) for rows, threads in sizes]
     compared = 0
     for composition in range(600):
         engine = engines[rng.integers(len(engines))]
@@ -444,6 +445,35 @@ def test_a_network_with_an_input_nobody_feeds_is_refused(baked: Bundle, tmp_path
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(BackendError, match=r"input mask is .*, not what a step graph has$"):
         OnnxBackend(tmp_path / "model.onnx", 2, (1, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist-mm4", "fashion-mnist-teacher"])
+def test_the_threads_change_no_bit(name: str) -> None:
+    bundle = Bundle.load(name)
+    rng = np.random.default_rng(1)
+    backends = [OnnxBackend(bundle.network, 8, bundle.manifest.sample_shape, threads) for threads in (1, 2, 3)]
+    given: dict[str, Any] = {key: rng.standard_normal(array.shape) for key, array in backends[0].inputs.items()}
+    given |= {"label": np.arange(8), "guidance": np.linspace(0, 4, 8)}
+    for backend in backends:
+        for key, array in backend.inputs.items():
+            array[:] = given[key]
+    alone = backends[0](1).copy()
+    for rows in (1, 2, 3, 5, 8):
+        raw = [backend(rows).copy() for backend in backends]
+        assert np.array_equal(raw[0], raw[1])
+        assert np.array_equal(raw[0], raw[2])
+        assert np.array_equal(raw[0][:1], alone)
+
+
+def test_a_part_that_fails_fails_the_call_and_no_other(baked: Bundle) -> None:
+    backend = OnnxBackend(baked.network, 4, baked.manifest.sample_shape, 2)
+    good = backend(4).copy()
+    for row in (0, 3):  # of the part that the caller runs, and of the other
+        backend.inputs["label"][row] = 10**6
+        with pytest.raises(Exception, match="indices element out of data bounds"):
+            backend(4)
+        backend.inputs["label"][row] = 0
+        assert np.array_equal(backend(4), good)
 
 
 # --- failures
