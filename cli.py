@@ -70,6 +70,10 @@ def serve(
     tls_keyfile: Annotated[Path | None, typer.Option(help="Its PEM key.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text or json.", show_default="text")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or tensorrt.", show_default="cpu")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="CPU: float32, or one that `fewstep export --precision` added.")
+    ] = None,
     simulate: Annotated[
         str | None, typer.Option(help="A+B: simulate an accelerator whose call on n rows takes A + B n ms.")
     ] = None,
@@ -93,6 +97,7 @@ def serve(
         "threads": threads, "tables_folder": tables_folder, "access_log": access_log, "log_format": log_format,
         "log_level": log_level, "api_keys_file": api_keys_file, "tls_certfile": tls_certfile,
         "tls_keyfile": tls_keyfile, "simulate": simulate,
+        "device": device, "precision": precision,
     }  # fmt: skip
     settings = Settings.load(config, flags, os.environ)
     if print_config:
@@ -203,6 +208,7 @@ def generate(
     solver: Annotated[str | None, typer.Option(help="Name of one of the student's tables.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     num: Annotated[int, typer.Option(min=1, max=100_000, help="How many images.")] = 16,
+    precision: Annotated[str, typer.Option(help="float32, or one that `fewstep export` added.")] = "float32",
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file: one image, or a grid.")] = Path("out.png"),
 ) -> None:
     """Make images here, without a server."""
@@ -211,7 +217,7 @@ def generate(
     from rich.progress import track
 
     from .runtime import Bundle, Engine, Request
-    from .runtime.pictures import grid
+    from .runtime.pictures import encode, grid
 
     loaded = Bundle.load(bundle)
     labels = loaded.manifest.labels
@@ -221,7 +227,7 @@ def generate(
         wanted = [_named("--label", lambda: labels.parse(label))]
     elif labels:
         wanted = list(range(len(labels.names)))
-    engine = Engine(loaded, max_waiting=num)
+    engine = Engine(loaded, max_waiting=num, precision=precision)
     requests = [Request(seed + i, tableau, wanted[i % len(wanted)], guidance) for i in range(num)]
     futures = _named("request", lambda: engine.submit(requests))
     start_s = time.perf_counter()
@@ -233,7 +239,10 @@ def generate(
     columns = len(wanted) if len(wanted) > 1 else max(1, round(num**0.5))
     rows = [pixels[i : i + columns] for i in range(0, num, columns)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    grid(rows, scale=2 if num > 1 else 1).save(output, "PNG")
+    if num == 1:
+        output.write_bytes(encode(pixels[0]))
+    else:
+        grid(rows).save(output, "PNG")
     calls = tableau.num_steps
     print(f"{output}: {num} images by {tableau.name} with {calls} steps, {1000 * took_s / num:.1f} ms each")
 
@@ -501,7 +510,8 @@ def export(
     replace: Annotated[bool, typer.Option("--replace", help="Replace a bundle that is there.")] = False,
     tensorrt: Annotated[bool, typer.Option("--tensorrt", help="BUNDLE: build TensorRT engines into it.")] = False,
     precision: Annotated[
-        str | None, typer.Option(help="BUNDLE: float32, float16, bfloat16, int8, with commas; engines: float16.")
+        str | None,
+        typer.Option(help="BUNDLE: float32, float16, bfloat16, int8, int8-cpu, with commas."),
     ] = None,
     flavour: Annotated[str, typer.Option(help="--tensorrt: rtx or full.")] = "rtx",
     batch: Annotated[str, typer.Option(help="--tensorrt: smallest, usual and largest number of rows.")] = "1,8,64",

@@ -95,6 +95,8 @@ def add_engines(
         ExportError: TensorRT is missing or refuses.
         BundleError: ``out`` is something else already.
     """
+    if "int8-cpu" in precisions:
+        raise ExportError("int8-cpu is for CPUs: TensorRT takes int8")
 
     def add(folder: Path, fields: dict[str, Any]) -> dict[str, EngineFile]:
         (folder / "engines").mkdir(exist_ok=True)
@@ -126,7 +128,7 @@ def add_engines(
 def _graphs(bundle: Bundle, precisions: Sequence[Precision]) -> dict[Precision, onnx.ModelProto]:
     step = onnx.load(str(bundle.network))
     inputs = []
-    if "int8" in precisions:
+    if {"int8", "int8-cpu"} & set(precisions):
         calls, _ = trajectory(bundle, bundle.tableau(), bundle.network, _CALIBRATION)
         inputs = [given for given, _ in calls]
     return {precision: convert(step, precision, inputs) for precision in dict.fromkeys(precisions)}

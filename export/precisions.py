@@ -4,6 +4,7 @@
     float16    casts at the border, everything between in half precision
     bfloat16   the same; ONNX Runtime's CPU has no bfloat16 convolution, TensorRT has
     int8       QDQ around the inner convolutions, symmetric, weights by channel, activations by calibration
+    int8-cpu   the same with unsigned activations, which x86 multiplies with signed weights; for ONNX Runtime's CPU
 
 Calibration runs the student's own trajectories: the inputs that the network sees at every step of a table.
 """
@@ -27,7 +28,7 @@ from ..runtime.backends import OnnxBackend
 from .step_graph import ExportError
 
 Array = NDArray[Any]
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Precision = Literal["float32", "float16", "bfloat16", "int8", "int8-cpu"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
@@ -61,7 +62,7 @@ def convert(
     Args:
         model: a step graph of float32 arithmetic, however its weights are stored; left as it is.
         precision: the wanted one.
-        calibration: network inputs, for int8.
+        calibration: network inputs, for the int8 ones.
 
     Raises:
         ExportError: int8 without calibration, or of a network of fewer than three convolutions.
@@ -69,10 +70,10 @@ def convert(
     wide = _widened(model)
     if precision == "float32":
         return wide
-    if precision == "int8":
+    if precision in ("int8", "int8-cpu"):
         if not calibration:
-            raise ExportError("int8 needs calibration: inputs that the network sees")
-        return _quantised(wide, calibration)
+            raise ExportError(f"{precision} needs calibration: inputs that the network sees")
+        return _quantised(wide, calibration, is_signed=precision == "int8")
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     half: onnx.ModelProto = convert_float_to_float16(onnx.shape_inference.infer_shapes(wide), keep_io_types=True)
@@ -189,12 +190,16 @@ class _Reader:
         return next(self._left, None)
 
 
-def _quantised(wide: onnx.ModelProto, calibration: Sequence[dict[str, Array]]) -> onnx.ModelProto:
+def _quantised(wide: onnx.ModelProto, calibration: Sequence[dict[str, Array]], is_signed: bool) -> onnx.ModelProto:
     from onnxruntime import quantization
 
     convolutions = [node.name for node in wide.graph.node if node.op_type == "Conv"]
     if len(convolutions) < 3:
         raise ExportError(f"int8 is for networks of convolutions; this one has {len(convolutions)}")
+
+    signed, unsigned = quantization.QuantType.QInt8, quantization.QuantType.QUInt8
+    # TensorRT takes symmetric scales only, and no int32 bias.
+    options = {"ActivationSymmetric": is_signed, "WeightSymmetric": True, "QuantizeBias": not is_signed}
 
     class Reader(_Reader, quantization.CalibrationDataReader):  # type: ignore[misc]
         pass
@@ -209,10 +214,9 @@ def _quantised(wide: onnx.ModelProto, calibration: Sequence[dict[str, Array]]) -
         try:
             quantization.quantize_static(
                 str(source), str(out), Reader(calibration), quant_format=quantization.QuantFormat.QDQ,
-                activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
+                activation_type=signed if is_signed else unsigned, weight_type=signed,
                 per_channel=True, op_types_to_quantize=["Conv"], nodes_to_exclude=[convolutions[0], convolutions[-1]],
-                # TensorRT takes symmetric scales only, and no int32 bias.
-                extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+                extra_options=options,
             )  # fmt: skip
         finally:
             logging.getLogger().setLevel(level)

@@ -189,6 +189,23 @@ class Bundle:
         """The file of the step graph."""
         return self.path / NETWORK
 
+    def network_in(self, precision: str) -> Path:
+        """The file of the step graph in a precision that was added to the bundle; ``float32`` is the step graph itself.
+
+        Raises:
+            BundleError: it has none.
+        """
+        if precision == "float32":
+            return self.network
+        prefix, suffix = "precisions/", ".onnx"
+        have = [name[len(prefix) : -len(suffix)] for name in self.manifest.files
+                if name.startswith(prefix) and name.endswith(suffix)]  # fmt: skip
+        if precision not in have:
+            listed = ", ".join(dict.fromkeys(["float32", *have]))
+            how = f"fewstep export {self.name} -o FOLDER --precision {precision}"
+            raise BundleError(f"precision: {self.name} has {listed}, not {precision!r}; {how} adds it")
+        return self.path / f"{prefix}{precision}{suffix}"
+
     @property
     def weights_sha256(self) -> str:
         """See `Manifest.weights_sha256`."""

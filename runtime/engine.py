@@ -73,7 +73,8 @@ class Engine:
         max_rows: rows that run together; a row is one sample, and guidance without distillation takes two.
         max_waiting: samples that may wait; further ones are refused with `QueueFull`.
         threads: CPU threads of one network call; the machine's cores when left out.
-        backend: makes the network from (bundle, rows); ONNX Runtime when left out.
+        precision: which of the bundle's networks the CPU runs; see `Bundle.network_in`.
+        backend: makes the network from (bundle, rows); ONNX Runtime on the CPU when left out.
         ageing_s: time in line that is worth one level of priority.
         weight: its share of the device, of those that an `EngineThread` steps.
     """
@@ -85,6 +86,7 @@ class Engine:
         max_rows: int = 64,
         max_waiting: int = 1024,
         threads: int | None = None,
+        precision: str = "float32",
         backend: Callable[[Bundle, int], Backend] | None = None,
         ageing_s: float = AGEING_S,
         weight: float = 1.0,
@@ -107,7 +109,7 @@ class Engine:
             cores = threads or (
                 len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             )
-            self._backend: Backend = OnnxBackend(bundle.network, outputs, shape, cores)
+            self._backend: Backend = OnnxBackend(bundle.network_in(precision), outputs, shape, cores)
         else:
             self._backend = backend(bundle, outputs)
         self._refuse_other_inputs()

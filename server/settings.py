@@ -44,6 +44,8 @@ class Settings(BaseModel):
     # Work
     max_rows: int = Field(default=16, ge=1, le=4096)  # rows that run together, per student
     threads: int | None = Field(default=None, ge=1)  # CPU threads of one network call; None: all cores
+    device: Literal["cpu", "cuda", "tensorrt"] = "cpu"  # the last two not run on a GPU yet
+    precision: str = "float32"  # on the CPU: float32, or what `fewstep export --precision` added to the bundles
     simulate: str | None = None  # "A+B": a simulated accelerator, whose call on n rows takes A + B n ms
     encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
     student_weights: dict[str, float] = {}  # shares of the device where several students have work; else 1

@@ -1,6 +1,9 @@
 """Precisions and TensorRT engines that are added to a bundle: measured, recorded, and refused where they do not fit."""
 
+import base64
 import json
+import urllib.request
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
+from PIL import Image
 
 from fewstep.cli import main
 from fewstep.export.additions import REPORT, add_engines, add_precisions
@@ -17,8 +21,9 @@ from fewstep.export.engines import build_engine
 from fewstep.export.precisions import Precision, convert, trajectory
 from fewstep.export.sampler_graph import sampler_graph
 from fewstep.export.step_graph import ExportError
-from fewstep.runtime import Bundle, BundleError
+from fewstep.runtime import Bundle, BundleError, Engine, Request
 from fewstep.runtime.bundle import MANIFEST, EngineFile
+from fewstep.runtime.pictures import encode
 
 needs_tensorrt = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
 
@@ -26,14 +31,14 @@ needs_tensorrt = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="T
 @pytest.fixture(scope="module")
 def with_precisions(baked: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str, Any]]:
     out = tmp_path_factory.mktemp("additions") / "student"
-    return add_precisions(baked, out, ["float32", "float16", "bfloat16", "int8"])
+    return add_precisions(baked, out, ["float32", "float16", "bfloat16", "int8", "int8-cpu"])
 
 
 def test_every_precision_is_held_against_float32_at_every_step(with_precisions: tuple[Bundle, dict[str, Any]]) -> None:
     bundle, report = with_precisions
     found = report["against_float32"]
     assert json.loads((bundle.path / REPORT).read_text()) == report
-    for precision, bound in (("float32", 0.0), ("float16", 5e-3), ("int8", 0.5)):
+    for precision, bound in (("float32", 0.0), ("float16", 5e-3), ("int8", 0.5), ("int8-cpu", 0.5)):
         steps = found[precision]["steps"]
         assert [step["step"] for step in steps] == list(range(bundle.tableau().num_steps))
         assert max(step["relative"] for step in steps) <= bound
@@ -43,13 +48,49 @@ def test_every_precision_is_held_against_float32_at_every_step(with_precisions: 
 
 def test_weights_have_the_precision_and_the_border_is_float32(with_precisions: tuple[Bundle, dict[str, Any]]) -> None:
     bundle, _ = with_precisions
-    kinds = {"float32": 1, "float16": 10, "bfloat16": 16, "int8": 3}
+    kinds = {"float32": 1, "float16": 10, "bfloat16": 16, "int8": 3, "int8-cpu": 3}
     for precision, kind in kinds.items():
         graph = onnx.load(bundle.path / "precisions" / f"{precision}.onnx").graph
         heaviest = max(graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)))
-        assert heaviest.data_type == kind or precision == "int8"
+        assert heaviest.data_type == kind or "int8" in precision
         assert any(tensor.data_type == kind for tensor in graph.initializer)
         assert {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]} <= {1, 7}
+
+
+def test_a_precision_is_served_where_the_bundle_has_it(
+    with_precisions: tuple[Bundle, dict[str, Any]],
+    serving: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle, _ = with_precisions
+    asked = Request(4, bundle.tableau(), 1)
+    (float32,) = Engine(bundle, threads=1).generate([asked])
+    (int8,) = Engine(bundle, threads=1, precision="int8-cpu").generate([asked])
+    assert 0 < np.abs(int8.pixels - float32.pixels).max() < 0.5
+    with serving(bundle.path, "--precision", "int8-cpu", "--no-grpc") as (_, address):
+        body = json.dumps({"prompt": "1", "seed": 4}).encode()
+        url = f"http://{address[0]}:{address[1]}/v1/images/generations"
+        with urllib.request.urlopen(urllib.request.Request(url, body)) as answer:
+            served = base64.b64decode(json.load(answer)["data"][0]["b64_json"])
+    assert served == encode(int8.to_uint8())
+    out = tmp_path / "one.png"
+    arguments = ["--label", "1", "--seed", "4", "--num", "1", "--precision", "int8-cpu", "-o", str(out)]
+    monkeypatch.setattr("sys.argv", ["fewstep", "generate", str(bundle.path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert np.array_equal(np.asarray(Image.open(out)), int8.to_uint8()[:, :, 0])
+
+
+def test_a_precision_that_the_bundle_lacks_is_refused_with_the_command_that_adds_it(baked: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"^precision: digits has float32, not 'int8-cpu'; fewstep export digits -o"):
+        Engine(baked, precision="int8-cpu")
+
+
+def test_tensorrt_takes_no_unsigned_int8(baked: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"^int8-cpu is for CPUs: TensorRT takes int8$"):
+        add_engines(baked, tmp_path / "out", precisions=["int8-cpu"])
 
 
 def test_int8_without_calibration_is_refused(baked: Bundle) -> None:
