@@ -469,6 +469,7 @@ def evaluate(
     solver: Annotated[str | None, typer.Option(help="Name of a table.")] = None,
     steps: Annotated[int | None, typer.Option(help="Network calls a sample.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    precision: Annotated[str, typer.Option(help="A bundle's: float32, or one that was added.")] = "float32",
     samples: Annotated[int, typer.Option(min=100, help="Samples of each noise seed.")] = 1_000,
     seeds: Annotated[int, typer.Option(min=1, help="Noise seeds.")] = 3,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for the figures.")] = None,
@@ -483,8 +484,8 @@ def evaluate(
     from .training.report import evaluate as run
 
     report = run(
-        source, data=data, classifier=classifier, solver=solver, num_steps=steps, guidance=guidance, samples=samples,
-        seeds=seeds,
+        source, data=data, classifier=classifier, solver=solver, num_steps=steps, guidance=guidance,
+        precision=precision, samples=samples, seeds=seeds,
     )  # fmt: skip
     title = f"{report.name}: {report.solver} with {report.num_steps} steps, {report.seeds} x {report.samples} samples"
     table = Table("", "mean", "sd over seeds", "floor", title=title, title_justify="left")

@@ -62,6 +62,7 @@ class Report:
     solver: str
     num_steps: int
     guidance: float | None
+    precision: str
     samples: int  # of each seed
     seeds: int
     mean: Figures
@@ -86,6 +87,7 @@ def evaluate(
     solver: str | None = None,
     num_steps: int | None = None,
     guidance: float | None = None,
+    precision: str = "float32",
     samples: int = 1_000,
     seeds: int = 3,
 ) -> Report:
@@ -98,16 +100,20 @@ def evaluate(
         solver: a table's name; the default one.
         num_steps: network calls a sample.
         guidance: scale of a student that is told it, 1 for none.
+        precision: of a bundle's network; see `Bundle.network_in`.
         samples: of each seed.
         seeds: of the noise.
 
     Raises:
+        BundleError: the bundle has no such precision.
         CheckpointError: ``source`` is neither, or a bundle was not made here and so has no recipe.
         DataError: the images cannot be used.
         ValueError: there is no such table.
     """
     path = Path(source)
     if path.is_file():
+        if precision != "float32":
+            raise CheckpointError(f"precision: a checkpoint is judged in float32, not {precision!r}; export it first")
         checkpoint = load_checkpoint(path)
         recipe, name = checkpoint.recipe, path.stem
         tableau, run = _of_checkpoint(checkpoint, solver, num_steps, guidance)
@@ -117,14 +123,15 @@ def evaluate(
         bundle = Bundle.load(str(source))
         recipe, name = _recipe_of(bundle), bundle.name
         tableau = bundle.tableau(solver, num_steps)
-        run, teacher = _of_bundle(bundle, tableau, guidance), None
+        run, teacher = _of_bundle(bundle, tableau, guidance, precision), None
         place = classifier or Path(f"{bundle.name}-classifier.safetensors")
     images = load_images(recipe.data.source, data or recipe.data.path, recipe.data.class_names)
     examiner = Examiner.of(images, make_judge(images, place, recipe.evaluation.classifier_images, recipe.seed))
     label = torch.arange(samples) % len(images.class_names)
     scored = [examiner.figures(run(seed, label), label, teacher and teacher(seed, label)) for seed in range(seeds)]
     return Report(
-        name, tableau.name, tableau.num_steps, guidance, samples, seeds, over(scored, np.mean), over(scored, np.std),
+        name, tableau.name, tableau.num_steps, guidance, precision, samples, seeds,
+        over(scored, np.mean), over(scored, np.std),
         examiner.floor(samples), f"fewstep-classifier-64, sha256 {examiner.judge.sha256}", examiner.accuracy(),
     )  # fmt: skip
 
@@ -241,9 +248,9 @@ def _teacher_beside(path: Path, student: Checkpoint, tableau: Tableau, guidance:
     return run
 
 
-def _of_bundle(bundle: Bundle, tableau: Tableau, guidance: float | None) -> Sampler:
+def _of_bundle(bundle: Bundle, tableau: Tableau, guidance: float | None, precision: str) -> Sampler:
     def run(seed: int, label: Tensor) -> Tensor:
-        engine = Engine(bundle, max_waiting=len(label))
+        engine = Engine(bundle, max_waiting=len(label), precision=precision)
         requests = [
             Request(seed * len(label) + i, tableau, asked if bundle.manifest.labels else None, guidance)
             for i, asked in enumerate(label.tolist())
