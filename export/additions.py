@@ -16,9 +16,10 @@ import onnx
 from ..runtime.bundle import EMBEDDED, MANIFEST, Bundle, BundleError, EngineFile, write_manifest
 from .engines import Flavour, build_engine
 from .onnx_file import save_model
-from .precisions import Precision, convert, measure, trajectory
+from .precisions import Precision, convert, measure
 from .sampler_graph import sampler_graph
 from .step_graph import ExportError
+from .trajectory import trajectory
 
 REPORT = "parity.json"
 _CALIBRATION = 32  # trajectories

@@ -15,6 +15,7 @@ import torch
 from ..runtime.bundle import NETWORK, Bundle, BundleError, write_manifest
 from ..runtime.tableau import Tableau
 from .step_graph import Parity, export_step_graph
+from .trajectory import against_torch
 
 
 def write_bundle(
@@ -69,9 +70,11 @@ def write_bundle(
         for name, data in (extra_files or {}).items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             (made / name).write_bytes(data)
-        metrics = {**manifest.get("metrics", {}), "export": asdict(parity)}
+        measured: dict[str, Any] = asdict(parity)
+        metrics = {**manifest.get("metrics", {}), "export": measured}
         write_manifest(made, {**manifest, "metrics": metrics})
-        Bundle.load(made)
+        measured["steps"] = [asdict(error) for error in against_torch(Bundle.load(made), network)]
+        write_manifest(made, {**manifest, "metrics": metrics})
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)

@@ -12,7 +12,6 @@ Calibration runs the student's own trajectories: the inputs that the network see
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,35 +22,13 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from ..runtime import Bundle, Engine, Request, Tableau
-from ..runtime.backends import OnnxBackend
+from ..runtime import Bundle, Tableau
 from .step_graph import ExportError
+from .trajectory import StepError, relative, trajectory
 
 Array = NDArray[Any]
 Precision = Literal["float32", "float16", "bfloat16", "int8", "int8-cpu"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-
-
-@dataclass(frozen=True, slots=True)
-class StepError:
-    """How far one precision is from float32 at one step: of the network's output, on the float32 trajectory."""
-
-    step: int
-    max_abs: float
-    relative: float  # root mean square of the difference over that of the output
-
-
-class _Recording(OnnxBackend):
-    """A network that keeps what it was asked and what it said."""
-
-    def __init__(self, path: Path, rows: int, sample_shape: tuple[int, ...]) -> None:
-        super().__init__(path, rows, sample_shape)
-        self.calls: list[tuple[dict[str, Array], Array]] = []
-
-    def __call__(self, rows: int) -> Array:
-        raw = super().__call__(rows)
-        self.calls.append(({name: array[:rows].copy() for name, array in self.inputs.items()}, raw.copy()))
-        return raw
 
 
 def convert(
@@ -91,25 +68,6 @@ def convert(
     return half
 
 
-def trajectory(bundle: Bundle, tableau: Tableau, network: Path, samples: int) -> tuple[list[Any], Array]:
-    """Run a table with a network.
-
-    Returns:
-        Each call's inputs and output, and the samples ``[samples, C, H, W]``.
-    """
-    recording: list[_Recording] = []
-
-    def make(loaded: Bundle, rows: int) -> _Recording:
-        recording.append(_Recording(network, rows, loaded.manifest.sample_shape))
-        return recording[0]
-
-    engine = Engine(bundle, max_rows=samples, backend=make)
-    labels = bundle.manifest.labels
-    requests = [Request(i, tableau, i % len(labels.names) if labels else None) for i in range(samples)]
-    made = engine.generate(requests)
-    return recording[0].calls, np.stack([sample.pixels for sample in made])
-
-
 def measure(bundle: Bundle, tableau: Tableau, variants: dict[Precision, Path], samples: int = 32) -> dict[str, Any]:
     """Hold each precision against float32, step by step and at the end.
 
@@ -133,14 +91,10 @@ def measure(bundle: Bundle, tableau: Tableau, variants: dict[Precision, Path], s
         steps = []
         for i, (inputs, wanted) in enumerate(calls):
             (got,) = session.run(None, inputs)
-            steps.append(StepError(i, float(np.abs(got - wanted).max()), _relative(got, wanted)))
+            steps.append(StepError.of(i, got, wanted))
         _, ours = trajectory(bundle, tableau, path, samples)
-        report[precision] = {"steps": steps, "samples": _relative(ours, finished)}
+        report[precision] = {"steps": steps, "samples": relative(ours, finished)}
     return report
-
-
-def _relative(got: Array, wanted: Array) -> float:
-    return float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)))
 
 
 def _widened(model: onnx.ModelProto) -> onnx.ModelProto:

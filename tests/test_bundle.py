@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper
 
 from fewstep.export import ExportError, Parity, write_bundle
 from fewstep.runtime import DEFAULT_BUNDLE, Bundle, BundleError, TableauError, embedded_names
@@ -336,7 +339,18 @@ def quick_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph at once: these tests are about the folder, and torch takes seconds to trace a network."""
 
     def export(network: Any, sample_shape: tuple[int, ...], path: Path, *args: Any) -> Parity:
-        path.write_bytes(b"a graph")
+        size: list[str | int | None] = ["batch", *sample_shape]
+        x, raw = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name in ("x", "raw"))
+        t = helper.make_tensor_value_info("t", onnx.TensorProto.FLOAT, ["batch"])
+        constants = {"weight": np.array([network.weight.item()], np.float32), "shape": np.array([-1, 1, 1, 1])}
+        nodes = [
+            helper.make_node("Mul", ["x", "weight"], ["scaled"]),
+            helper.make_node("Reshape", ["t", "shape"], ["time"]),
+            helper.make_node("Add", ["scaled", "time"], ["raw"]),
+        ]
+        held = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+        graph = helper.make_graph(nodes, "linear", [x, t], [raw], held)
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
         return Parity(1e-7, 1e-4)
 
     monkeypatch.setattr("fewstep.export.bundle.export_step_graph", export)
@@ -366,7 +380,10 @@ def test_a_written_bundle_stands_alone_in_its_folder(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "linear"
     bundle, parity = write_bundle(out, Linear(), [ddim(karras(2))], linear_fields(), extra_files={"NOTICE": b"x"})
     assert bundle.path == out
-    assert bundle.manifest.metrics["export"]["graph_error"] == parity.graph_error
+    export = bundle.manifest.metrics["export"]
+    assert export["graph_error"] == parity.graph_error
+    assert [error["step"] for error in export["steps"]] == list(range(bundle.tableau().num_steps))
+    assert all(error["relative"] < 1e-6 for error in export["steps"])
     assert [path.name for path in out.parent.iterdir()] == ["linear"]
     assert Bundle.load(out).manifest == bundle.manifest
 

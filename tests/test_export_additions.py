@@ -18,9 +18,10 @@ from PIL import Image
 from fewstep.cli import main
 from fewstep.export.additions import REPORT, add_engines, add_precisions
 from fewstep.export.engines import build_engine
-from fewstep.export.precisions import Precision, convert, trajectory
+from fewstep.export.precisions import Precision, convert
 from fewstep.export.sampler_graph import sampler_graph
 from fewstep.export.step_graph import ExportError
+from fewstep.export.trajectory import trajectory
 from fewstep.runtime import Bundle, BundleError, Engine, Request
 from fewstep.runtime.bundle import MANIFEST, EngineFile
 from fewstep.runtime.pictures import encode
