@@ -78,6 +78,14 @@ class Settings(BaseModel):
             raise ValueError("tls_certfile and tls_keyfile belong together: give both or neither")
         return self
 
+    @model_validator(mode="after")
+    def _one_thing_runs_the_networks(self) -> "Settings":
+        if self.device != "cpu" and self.precision != "float32":
+            raise ValueError(f"precision is the CPU's choice: leave it out with device {self.device!r}")
+        if self.simulate and (self.device != "cpu" or self.precision != "float32"):
+            raise ValueError("simulate runs no network: leave device and precision out")
+        return self
+
     @classmethod
     def load(
         cls, file: Path | None, flags: Mapping[str, Any], environment: Mapping[str, str] | None = None
