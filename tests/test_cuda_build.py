@@ -5,9 +5,12 @@ chose stands in for the GPU. So the indexing, both access widths and all history
 """
 
 import ctypes
+import hashlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +247,23 @@ def test_a_folder_that_cannot_be_written_is_passed_over(folders: list[Path]) -> 
     folders[1].rename(folders[1].with_name("gone"))
     folders[1].write_text("neither")
     assert cuda.cubin("80") == b"\x7fELF802"
+
+
+@needs_compiler
+def test_two_processes_that_compile_at_once_both_get_whole_kernels(tmp_path: Path) -> None:
+    """With the real compiler: three processes, one empty cache, and whoever comes later reads what is kept."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    print_hash = "import hashlib; from fewstep.kernels import cuda; print(hashlib.sha256(cuda.cubin('80')).hexdigest())"
+    command = [sys.executable, "-c", print_hash]
+    together = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in together]
+    assert [process.returncode for process in together] == [0, 0, 0]
+    (kept,) = (tmp_path / "fewstep").glob("fewstep-cuda-80-*.cubin")
+    whole = cuda._read(kept)
+    assert whole is not None
+    assert list((tmp_path / "fewstep").iterdir()) == [kept]  # nothing half-written beside it
+    later = subprocess.run(command, env={**environment, "PATH": ""}, capture_output=True, text=True, check=True).stdout
+    assert {*said, later} == {hashlib.sha256(whole).hexdigest() + "\n"}
 
 
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
