@@ -169,7 +169,7 @@ class Engine:
                 over = self._scheduler.drop(now_s)
             waiting = len(self._scheduler)
             if waiting + len(requests) > self.max_waiting:
-                refusal = QueueFull(waiting, self.max_waiting, self._seconds_to_start(waiting))
+                refusal = QueueFull(waiting, self.max_waiting, self.seconds_to_start(waiting))
             else:
                 try:
                     requests = self._in_time(requests, now_s)
@@ -228,6 +228,10 @@ class Engine:
     def num_waiting(self) -> int:
         """Samples in line."""
         return len(self._scheduler)
+
+    def num_waiting_of(self, caller: str) -> int:
+        """Of them, a caller's."""
+        return self._scheduler.num_of(caller)
 
     @property
     def waiting_by_priority(self) -> dict[int, int]:
@@ -636,7 +640,7 @@ class Engine:
         scale = default if request.guidance is None else request.guidance
         return 2 if self._has_uncond and scale != 1 else 1
 
-    def _seconds_to_start(self, waiting: int) -> float:
+    def seconds_to_start(self, waiting: int) -> float:
         """When a sample that cannot wait in line may try again: the line's length by the measured pace."""
         done = self.counters
         if not done.row_steps:

@@ -11,6 +11,7 @@ future's callbacks may submit again.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
 from itertools import count
@@ -64,6 +65,7 @@ class Scheduler:
         self._levels: dict[int, _Level] = {}  # none is empty
         self._arrival = count()
         self._num = 0
+        self._of_caller: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return self._num
@@ -76,6 +78,11 @@ class Scheduler:
         level.shares.charge(request.caller, due, request.tableau.num_steps / request.weight)
         heapq.heappush(level.line, (due, next(self._arrival), ticket))
         self._num += 1
+        self._of_caller[request.caller] += 1
+
+    def num_of(self, caller: str) -> int:
+        """How many of a caller's wait."""
+        return self._of_caller[caller]
 
     def ahead(self, request: Request) -> Iterator[Ticket]:
         """Those who wait and would start before a request that came now, as far as is known now."""
@@ -112,7 +119,8 @@ class Scheduler:
             heapq.heapify(level.line)
             if not level.line:
                 del self._levels[priority]
-        self._num -= len(dropped)
+        for ticket in dropped:
+            self._forget(ticket)
         return dropped
 
     def take(self, places: int, now_s: float) -> tuple[list[Ticket], list[Ticket]]:
@@ -126,9 +134,16 @@ class Scheduler:
             level.shares.serve(due)
             if not level.line:
                 del self._levels[priority]
-            self._num -= 1
+            self._forget(ticket)
             (over if ticket.is_over(now_s) else wanted).append(ticket)
         return wanted, over
+
+    def _forget(self, ticket: Ticket) -> None:
+        caller = ticket.request.caller
+        self._num -= 1
+        self._of_caller[caller] -= 1
+        if not self._of_caller[caller]:
+            del self._of_caller[caller]
 
     def _rank(self, priority: int, now_s: float) -> tuple[float, int]:
         waited_s = now_s - self._levels[priority].line[0][2].submitted_s

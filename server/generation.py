@@ -223,6 +223,8 @@ def submit(
         raise draining()
     caller = CALLER.get()
     if caller is not ANYBODY:
+        waiting, line = engine.num_waiting_of(caller.name), engine.max_waiting
+        caller.refuse_to_fill(waiting, len(requests), line, engine.seconds_to_start(waiting))
         caller.spend(len(requests))
         requests = [replace(request, caller=caller.name, weight=caller.weight) for request in requests]
     is_accepted = False

@@ -6,6 +6,7 @@
     images_per_s = 20.0      # left out: no limit of its own
     burst = 100              # images that may be asked for at once after a pause
     weight = 1.0             # its share where there is a line
+    max_waiting = 512        # samples in a student's line; left out: half of it where there are several keys
 
 Without any key the server is open to everybody. Keys are long random numbers, so their SHA-256 is all that the server
 has to know; it is compared with every key's, in a time that says nothing about them.
@@ -35,6 +36,7 @@ class ApiKey(BaseModel):
     images_per_s: float | None = Field(default=None, gt=0)
     burst: int | None = Field(default=None, ge=1)  # None: what one second brings
     weight: float = Field(default=1.0, gt=0)
+    max_waiting: int | None = Field(default=None, ge=1)  # None: half of the line where there are several keys
 
 
 class Bucket:
@@ -79,6 +81,25 @@ class Caller:
     is_admin: bool = True
     weight: float = 1.0
     bucket: Bucket | None = None
+    max_waiting: int | None = None
+    is_alone: bool = True  # whether there is no other key
+
+    def refuse_to_fill(self, waiting: int, images: int, line: int, retry_after_s: float) -> None:
+        """Leave room in a line for others.
+
+        Args:
+            waiting: samples of this caller that wait already.
+            images: how many more it asks for.
+            line: how many may wait in all.
+            retry_after_s: what to tell.
+
+        Raises:
+            ApiError: they are more than this caller may have in line.
+        """
+        limit = self.max_waiting or (line if self.is_alone else max(1, line // 2))
+        if waiting and waiting + images > limit:
+            message = f"{waiting} of {limit} samples wait that the key {self.name} may have in line; try again in "
+            raise ApiError(429, f"{message}{retry_after_s:.3g} s", code="queue_full", retry_after_s=retry_after_s)
 
     def spend(self, images: int) -> None:
         """Count images that are asked for.
@@ -114,7 +135,8 @@ class Keys:
             bucket = None
             if key.images_per_s is not None:
                 bucket = Bucket(key.images_per_s, key.burst or max(1.0, key.images_per_s))
-            self._callers.append((bytes.fromhex(key.sha256), Caller(name, key.admin, key.weight, bucket)))
+            caller = Caller(name, key.admin, key.weight, bucket, key.max_waiting, len(keys) == 1)
+            self._callers.append((bytes.fromhex(key.sha256), caller))
 
     def __bool__(self) -> bool:
         return bool(self._callers)

