@@ -4,6 +4,7 @@ A student is mostly a small family of functions that contains the right answer: 
 to come near it.
 """
 
+import csv
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -639,6 +640,28 @@ def test_what_a_method_remembers_survives_a_kill(
     killed = load_checkpoint(train(recipe, tmp_path / "killed", until="student", quiet=True))
     for name, tensor in whole.network.state_dict().items():
         assert torch.equal(tensor, killed.network.state_dict()[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "column"), [("moment-matching", "auxiliary"), ("dkdm", "student")])
+def test_two_processes_distil_one_student(method: str, column: str, teacher: Path, tmp_path: Path) -> None:
+    """Each with a share of the batch and noise of its own: the loss is that of one process, and runs repeat exactly."""
+    student = {"method": method} | SHORT | RUNS[method] | {"images": 50 * 16, "network": None}
+    if method != "dkdm":
+        del student["network"]
+    recipe = settings_of.recipe_from(TINY | {"student": student})
+    found: dict[str, tuple[float, dict[str, Tensor]]] = {}
+    for run, processes in (("one", 1), ("two", 2), ("again", 2)):
+        (tmp_path / run).mkdir()
+        shutil.copy(teacher / "teacher.safetensors", tmp_path / run)
+        path = train(recipe, tmp_path / run, until="student", processes=processes, quiet=True)
+        with (tmp_path / run / "student" / "log.csv").open(newline="") as file:
+            (row,) = csv.DictReader(file)
+        found[run] = float(row[column]), load_checkpoint(path).network.state_dict()
+    assert found["two"][0] == pytest.approx(found["one"][0], rel=0.25)
+    assert any(not torch.equal(tensor, found["one"][1][name]) for name, tensor in found["two"][1].items())
+    for name, tensor in found["two"][1].items():
+        assert torch.equal(tensor, found["again"][1][name]), name
 
 
 def test_settings_that_do_not_fit_together_are_refused() -> None:
