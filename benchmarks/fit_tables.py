@@ -3,9 +3,11 @@
     python benchmarks/fit_tables.py mixture
     python benchmarks/fit_tables.py digits --bundle FOLDER      a bundle of the digits recipe's teacher
     python benchmarks/fit_tables.py fashion --bundle FOLDER
+    python benchmarks/fit_tables.py recorded                    what the embedded teacher's tables say of themselves
 
 Each adds its part to docs/results/fitting.json. Every number is over seeds of the noise that is fitted on and of the
-noise that is measured on, both fresh each time: mean and standard deviation.
+noise that is measured on, both fresh each time: mean and standard deviation. ``recorded`` fits nothing: it gathers what
+``fewstep fit`` measured and wrote into each table when it was made.
 """
 
 import argparse
@@ -45,7 +47,7 @@ BASES = ("ddim", "euler", "ipndm_4", "dpm_solver_1", "dpm_solver_2", "dpm_solver
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("mixture", "digits", "fashion"))
+    parser.add_argument("part", choices=("mixture", "digits", "fashion", "recorded"))
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8])
     parser.add_argument("--solvers", nargs="+", default=["ddim", "dpmpp_2m"])
@@ -62,19 +64,39 @@ def main() -> None:
     start_s = time.perf_counter()
     if asked.part == "mixture":
         results = mixture(asked.seeds)
+    elif asked.part == "recorded":
+        results = recorded(Bundle.load(str(asked.bundle or "fashion-mnist-teacher")))
     elif asked.bundle is None:
         sys.exit(f"{asked.part} needs --bundle")
     else:
-        results = bundle(asked)
+        results = bundle(asked, start_s)
+    keep(asked.part, results, start_s)
+
+
+def keep(part: str, results: dict[str, Any], start_s: float) -> None:
+    """Write a part's results, in the place of older ones."""
     results |= {
         "date": date.today().isoformat(),
         "machine": platform.machine(),
         "seconds": time.perf_counter() - start_s,
     }
     held = json.loads(OUT.read_text("utf-8")) if OUT.exists() else {}
-    held[asked.part] = results
+    held[part] = results
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
+
+
+def recorded(loaded: Bundle) -> dict[str, Any]:
+    """The provenance of a bundle's fitted tables."""
+    facts = ("method", "base", "guidance", "data", "seed", "target", "optimiser", "rmse_base", "rmse", "rmse_on")
+    rows: list[dict[str, Any]] = [
+        {"steps": table.num_steps, **{fact: table.provenance[fact] for fact in facts if fact in table.provenance}}
+        for table in loaded.tableaus.values()
+        if "rmse" in table.provenance
+    ]
+    order: list[str] = [*METHODS]
+    rows.sort(key=lambda row: (row["steps"], order.index(row["method"])))
+    return {"bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "rows": rows}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -176,13 +198,22 @@ class Kept(Teacher):
         return kept[id(samples)]
 
 
-def bundle(asked: argparse.Namespace) -> dict[str, Any]:
-    """All ways to fit a bundle's network: distance to the teacher's end, and Frechet distance to the data."""
+def bundle(asked: argparse.Namespace, start_s: float) -> dict[str, Any]:
+    """All ways to fit a bundle's network: distance to the teacher's end, and Frechet distance to the data.
+
+    What is finished is kept after each number of steps.
+    """
     loaded = Bundle.load(str(asked.bundle))
     guidance = loaded.manifest.guidance.default if asked.guidance is None else asked.guidance
     network = network_of(loaded, guidance, 1, lambda rows: None)
     judge = judge_of(loaded, asked) if asked.classifier else None
     rows: list[dict[str, Any]] = []
+    results = {
+        "bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "samples": asked.samples, "seeds": asked.seeds,
+        "guidance": guidance, "judged": asked.judged if judge else 0,
+        "classifier_sha256": judge.sha256 if judge else "",
+        "end_to_end": f"Adam, {asked.iterations} updates of 16", "rows": rows,
+    }  # fmt: skip
     for steps in asked.steps:
         cells: dict[str, dict[str, list[dict[str, float]]]] = {solver: {} for solver in asked.solvers}
         for seed in range(asked.seeds):
@@ -213,12 +244,8 @@ def bundle(asked: argparse.Namespace) -> dict[str, Any]:
                 arm: {name: spread([cell[name] for cell in found]) for name in found[0]} for arm, found in arms.items()
             }
             rows.append({"solver": solver, "steps": steps, **gathered})
-    return {
-        "bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "samples": asked.samples, "seeds": asked.seeds,
-        "guidance": guidance, "judged": asked.judged if judge else 0,
-        "classifier_sha256": judge.sha256 if judge else "",
-        "end_to_end": f"Adam, {asked.iterations} updates of 16", "rows": rows,
-    }  # fmt: skip
+        keep(asked.part, results, start_s)
+    return results
 
 
 def fitted(
