@@ -207,6 +207,12 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Network calls per image.")] = None,
     solver: Annotated[str | None, typer.Option(help="Name of one of the student's tables.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="0 to 1: share of the conditional output's deviation to give back.")
+    ] = None,
+    dynamic_thresholding: Annotated[
+        float | None, typer.Option(help="Quantile, such as 0.995, that predicted data are brought within.")
+    ] = None,
     num: Annotated[int, typer.Option(min=1, max=100_000, help="How many images.")] = 16,
     precision: Annotated[str, typer.Option(help="float32, or one that `fewstep export` added.")] = "float32",
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG file: one image, or a grid.")] = Path("out.png"),
@@ -217,6 +223,7 @@ def generate(
     from rich.progress import track
 
     from .runtime import Bundle, Engine, Request
+    from .runtime.hooks import hooks_of
     from .runtime.pictures import encode, grid
 
     loaded = Bundle.load(bundle)
@@ -228,7 +235,8 @@ def generate(
     elif labels:
         wanted = list(range(len(labels.names)))
     engine = Engine(loaded, max_waiting=num, precision=precision)
-    requests = [Request(seed + i, tableau, wanted[i % len(wanted)], guidance) for i in range(num)]
+    hooks = hooks_of(dynamic_thresholding, guidance_rescale)
+    requests = [Request(seed + i, tableau, wanted[i % len(wanted)], guidance, hooks=hooks) for i in range(num)]
     futures = _named("request", lambda: engine.submit(requests))
     start_s = time.perf_counter()
     for future in track(futures, "Generating", transient=True, disable=not sys.stderr.isatty()):

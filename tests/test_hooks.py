@@ -1,5 +1,7 @@
 """Hooks: what depends on the sample changes the sample that asked for it, whatever its solver, and no other's bits."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -172,3 +174,24 @@ def test_hooks_over_http(serving: Callable[..., AbstractContextManager[Any]], ma
             ask(dynamic_thresholding=2)
         with pytest.raises(openai.BadRequestError, match="is not guided by a second call"):
             ask(model="digits", guidance_rescale=0.7)
+
+
+def test_hooks_on_the_command_line(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """They change the picture, and what a student cannot do is one line."""
+
+    def generate(name: str, student: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "fewstep.cli", "generate", str(student), "--num", "2", "--solver", "ddim"]
+        return subprocess.run(
+            [*command, *flags, "-o", str(tmp_path / name)], capture_output=True, text=True, check=False
+        )
+
+    student = make_bundle(is_guided=True)
+    for name, flags in (
+        ("plain.png", ()),
+        ("hooked.png", ("--dynamic-thresholding", "0.5", "--guidance-rescale", "1")),
+    ):
+        assert generate(name, student, *flags).returncode == 0
+    assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "hooked.png").read_bytes()
+    refused = generate("none.png", make_bundle(), "--guidance-rescale", "1")
+    assert refused.returncode != 0
+    assert "guidance_rescale: digits is not guided by a second call" in " ".join(refused.stderr.split())
