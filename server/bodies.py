@@ -31,7 +31,7 @@ async def read_body(http: HttpRequest, settings: Settings) -> bytes:
     limit = settings.max_body_bytes
     body, is_all = b"", False
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout(settings.request_timeout_s):
             while not is_all:
                 message = await http.receive()
                 if message["type"] == "http.disconnect":
@@ -41,7 +41,7 @@ async def read_body(http: HttpRequest, settings: Settings) -> bytes:
                 if len(body) > limit:
                     raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
     except TimeoutError:
-        told = f"the body was not there within {settings.body_timeout_s:g} s"
+        told = f"the body was not there within {settings.request_timeout_s:g} s"
         raise ApiError(408, told, code="body_too_slow") from None
     encodings = [value for name, value in http.scope["headers"] if name == b"content-encoding"]
     encoding = encodings[-1].decode("latin-1").lower() if encodings else "identity"

@@ -54,7 +54,7 @@ class Settings(BaseModel):
     max_waiting_pixels: int = Field(default=1 << 28, ge=1)  # and their pixels
     max_images: int = Field(default=64, ge=1)  # n of one request
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
-    body_timeout_s: float = Field(default=30.0, gt=0)  # for the body of a request
+    request_timeout_s: float = Field(default=30.0, gt=0)  # for a request to be there
     ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
     max_jobs: int = Field(default=1000, ge=1)  # under way or finished
     job_ttl_s: float = Field(default=600.0, gt=0)  # for which a finished job is kept

@@ -7,8 +7,9 @@ import gc
 import signal
 import socket
 import ssl
+import time
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -27,6 +28,7 @@ class _DrainingServer(uvicorn.Server):
         self._service = service
         self._where = where
         self._grpc = grpc
+        self._between: dict[Any, tuple[Any, float]] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -39,6 +41,24 @@ class _DrainingServer(uvicorn.Server):
             names += f" on a SIMULATED accelerator ({self._service.simulated})"
         # Only now would a connection be accepted.
         print(f"fewstep serves {names} at {self._where}  (page at /, API at /docs{also}; Ctrl-C ends)", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            self._close_slow(time.monotonic())
+        return await super().on_tick(counter)
+
+    def _close_slow(self, now_s: float) -> None:
+        """Close connections on which a request does not get as far as its body; uvicorn would wait for ever."""
+        between: dict[Any, tuple[Any, float]] = {}  # by connection: the request before, and since when
+        for connection in self.server_state.connections:
+            before = getattr(connection, "cycle", None)
+            if before is None or before.response_complete:
+                known, since_s = self._between.get(connection, (None, now_s))
+                between[connection] = before, since_s if known is before else now_s
+        for connection, (_, since_s) in between.items():
+            if now_s - since_s > self._service.settings.request_timeout_s:
+                connection.transport.close()
+        self._between = between
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._grpc is not None:

@@ -229,6 +229,24 @@ def test_a_key_is_made_for_the_settings(tmp_path: Path) -> None:
     assert secret not in settings.to_toml()
 
 
+def test_a_connection_in_use_is_kept_however_old(
+    serving: Serving, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is idle whenever one looks, and not one request takes long."""
+    monkeypatch.setenv("FEWSTEP_REQUEST_TIMEOUT_S", "1.5")
+    with serving(make_bundle(), "--no-grpc") as (_, address):
+        connection = http.client.HTTPConnection(*address, timeout=60)
+        connection.connect()
+        port = connection.sock.getsockname()[1]
+        start_s = time.monotonic()
+        while time.monotonic() - start_s < 5:
+            connection.request("GET", "/v2/health/live")
+            assert connection.getresponse().read()
+            time.sleep(0.05)
+        assert connection.sock.getsockname()[1] == port
+        connection.close()
+
+
 def test_a_key_that_floods_the_line_keeps_nobody_out(
     serving: Serving, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
