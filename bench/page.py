@@ -11,7 +11,7 @@ from .report import LATENCY_COLUMNS, Round, counts_of, decode, facts, latency_ro
 Points = list[tuple[float, float]]
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 _WIDTH, _HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 28, 44
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -21,7 +21,7 @@ td:first-child, th:first-child { text-align: left; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
 dt { font-weight: 600; } dd { margin: 0; }
 .note { border-left: 4px solid #d97706; padding-left: .7rem; }
-svg { max-width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
+svg { max-width: 100%; height: auto; } svg text { fill: currentColor; }
 """
 
 
@@ -105,20 +105,47 @@ def _plot(
     x_marks: Sequence[float] = (),
     is_log: bool = False,
 ) -> str:
-    """Lines over common axes."""
+    """Lines over common axes, with their names below."""
+    legend = [
+        f'<span style="color:{_COLOURS[i % len(_COLOURS)]}">&#9632;</span> {html.escape(name)} &nbsp; '
+        for i, name in enumerate(lines)
+    ]
+    drawn = draw(lines, x_name, y_name, x_scale=x_scale, x_marks=x_marks, is_log=is_log)
+    return f"<figure>{drawn}<figcaption>{''.join(legend)}</figcaption></figure>"
+
+
+def draw(
+    lines: dict[str, Points],
+    x_name: str,
+    y_name: str,
+    *,
+    x_scale: Callable[[float], float] = lambda x: x,
+    x_marks: Sequence[float] = (),
+    is_log: bool = False,
+) -> str:
+    """Lines over common axes, as SVG that may also stand alone.
+
+    Args:
+        lines: points by name.
+        x_name: below the axis.
+        y_name: beside it.
+        x_scale: what is drawn of an x; with it, the places of ``x_marks`` are named.
+        x_marks: see there.
+        is_log: whether y is.
+    """
     points = [point for line in lines.values() for point in line]
     if not points:
-        return "<p>Nothing was answered."
+        return "<p>Nothing was answered.</p>"
     xs, ys = [x for x, _ in points], [y for _, y in points]
     if is_log:
         low, high = 10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys)) + 1e-9)
         y_marks = [m * 10.0**e for e in range(round(math.log10(low)), round(math.log10(high)) + 1) for m in (1, 2, 5)]
         y_marks = [mark for mark in y_marks if low <= mark <= high]
     else:
-        low, high = 0.0, _round_up(max(ys))
-        y_marks = [high * i / 5 for i in range(6)]
+        low, high = 0.0, max(max(ys) * 1.05, 1e-9)
+        y_marks = _steps(high)
     x_low, x_high = (x_scale(min(xs)), x_scale(max(xs))) if x_marks else (0.0, max(xs))
-    marks = [mark for mark in x_marks if x_scale(mark) <= x_high] or [_round_up(x_high) * i / 5 for i in range(6)]
+    marks = [mark for mark in x_marks if x_scale(mark) <= x_high] or _steps(x_high)
 
     def across(x: float) -> float:
         return _LEFT + (x_scale(x) - x_low) / max(x_high - x_low, 1e-12) * (_WIDTH - _LEFT - _RIGHT)
@@ -136,19 +163,17 @@ def _plot(
             place = f'x="{across(mark):.1f}" y="{_HEIGHT - _BOTTOM + 16}"'
             parts.append(f'<text {place} text-anchor="middle">{mark:g}</text>')
     parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{x_name}</text>')
-    parts.append(f'<text x="8" y="{_TOP + 4}">{y_name}</text>')
-    legend = []
-    for i, (name, line) in enumerate(lines.items()):
+    parts.append(f'<text x="8" y="14">{y_name}</text>')
+    for i, line in enumerate(lines.values()):
         colour = _COLOURS[i % len(_COLOURS)]
         path = "M" + "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in line) if line else ""
         parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        legend.append(f'<span style="color:{colour}">&#9632;</span> {html.escape(name)} &nbsp; ')
-    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
-    return f"<figure>{svg}<figcaption>{''.join(legend)}</figcaption></figure>"
+    size = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">{"".join(parts)}</svg>'
 
 
-def _round_up(value: float) -> float:
-    if value <= 0:
-        return 1.0
-    unit = 10.0 ** math.floor(math.log10(value))
-    return next(m * unit for m in (1, 1.5, 2, 3, 4, 5, 7.5, 10) if m * unit >= value * (1 - 1e-9))
+def _steps(high: float) -> list[float]:
+    """From 0 to at most ``high``, in four to ten round steps."""
+    unit = 10.0 ** math.floor(math.log10(max(high, 1e-9) / 4))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if high / (m * unit) < 10)
+    return [i * step for i in range(int(high / step + 1e-9) + 1)]

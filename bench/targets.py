@@ -26,6 +26,7 @@ from .workload import Kind
 Array = NDArray[Any]
 PROTOCOLS = ("openai", "http", "grpc", "in-process")
 _OPENAI = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+_NO_BOUND = 1 << 20  # samples that may wait in process: the load is bounded elsewhere
 _KEPT = ("target_ms", "outputs")
 _DTYPES = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "i1", "INT16": "<i2",
@@ -336,7 +337,9 @@ class InProcessTarget:
         address = self._address
         bundle = Bundle.load(address.target or None)
         backend = simulated(address.simulate) if address.simulate else None
-        self._engine = Engine(bundle, max_rows=address.max_rows, threads=address.threads, backend=backend)
+        self._engine = Engine(
+            bundle, max_rows=address.max_rows, max_waiting=_NO_BOUND, threads=address.threads, backend=backend
+        )
         self._threads = EngineThread([self._engine])
         self._threads.start()
         labels = bundle.manifest.labels.names if bundle.manifest.labels else ()

@@ -1,0 +1,36 @@
+"""The comparison with peers is fair: what they run makes the very images that our engine makes."""
+
+import base64
+from pathlib import Path
+
+import pytest
+from sampler import Ask, Sampler, Setup
+
+from fewstep.runtime import Bundle, Engine, Request
+from fewstep.runtime.pictures import encode
+from fewstep.runtime.simulated import simulated
+
+ASKS = [Ask(i % 10, 100 + i, (1, 4, 8, 2)[i % 4]) for i in range(9)]
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["leave", "padded"])
+@pytest.mark.parametrize("simulate", [None, "0+0"], ids=["network", "simulated"])
+def test_a_peers_batch_of_any_mix_has_the_engines_bits(is_padded: bool, simulate: str | None) -> None:
+    bundle = Bundle.load()
+    sampler = Sampler(Setup(str(bundle.path), 0, 16, 1, simulate, is_padded=is_padded))
+    engine = Engine(bundle, threads=1, backend=simulated(simulate) if simulate else None)
+    requests = [Request(ask.seed, bundle.tableau(None, ask.num_steps), ask.label) for ask in ASKS]
+    expected = [encode(sample.to_uint8()) for sample in engine.generate(requests)]
+    for asks, images in ((ASKS, expected), (ASKS[:2], expected[:2])):  # the second batch finds what the first left
+        assert [base64.b64decode(image) for image in sampler(asks)] == images
+
+
+def test_every_peer_and_scenario_names_files_and_servers_that_are_there() -> None:
+    import peers
+
+    for file, flags in peers.PEERS.values():
+        assert (peers.SERVERS / file).is_file()
+        Setup(bundle="", port=1, max_batch=1, threads=1, **flags)
+    for scenario in peers.SCENARIOS.values():
+        assert set(scenario["servers"]) <= {*peers.PEERS, *peers.OURS}
+    assert Path(peers.SERVERS / "requirements.txt").read_text().count("==") == 2
