@@ -708,6 +708,31 @@ def triton_check(
         _stop(f"{', '.join(wrong)}: not the pixels of the engine")
 
 
+@app.command("ray")
+def ray_serve(
+    bundles: Annotated[list[str] | None, typer.Argument(help="Folders or embedded names, one or more.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the server's settings.")] = None,
+    min_replicas: Annotated[int, typer.Option(min=0, help="Replicas at least.")] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1, help="Replicas at most.")] = 4,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of one network call.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray keeps for a replica.")] = 0,
+) -> None:
+    """Serve students on Ray Serve: replicas of the server, on this machine or on the cluster that RAY_ADDRESS names."""
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        _stop("fewstep ray needs Ray Serve: pip install 'fewstep[ray]'")
+    from .deploy.ray_app import Arguments, run
+
+    named = ",".join(bundles) if bundles else None
+    run(
+        Arguments(bundles=named, config=config, min_replicas=min_replicas, max_replicas=max_replicas, threads=threads,
+                  num_cpus=threads, num_gpus=gpus), host, port,
+    )  # fmt: skip
+
+
 @app.command()
 def demo(
     bundle: BundleArgument = None,

@@ -267,10 +267,13 @@ class Iterative:
         student = self._student
         known: list[tuple[Call | None, Any | None]] = []
         for request in requests:
-            if not pb.get_input_tensor_by_name(request, "START").as_numpy().any():
-                call = self._calls.get(request.correlation_id())
-                known.append((call, None if call else _refusal(RuntimeError("the sequence is not known"))))
+            is_first = bool(pb.get_input_tensor_by_name(request, "START").as_numpy().any())
+            call = self._calls.get(request.correlation_id())
+            if call is not None and not is_first:
+                known.append((call, None))
                 continue
+            if call is not None:  # left behind by a client that is gone
+                call.cancel()
             made = student.call(request)
             refusal = student.submit(made) if isinstance(made, Call) else made
             known.append((made if isinstance(made, Call) else None, refusal))
@@ -280,6 +283,10 @@ class Iterative:
             if call and request.is_cancelled():
                 call.cancel()
         student.engine.step()
+        for request, (call, refusal) in zip(requests, known, strict=True):
+            if call and not refusal and request.flags() & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END:
+                while not call.is_done:  # its client called it a whole sequence; Triton would not bring it again
+                    student.engine.step()
         responses: list[Any] = []
         for request, (call, refusal) in zip(requests, known, strict=True):
             sender = request.get_response_sender() if student.is_decoupled else None

@@ -256,6 +256,18 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_the_next_is_not(
         client.infer(f"digits-{variant}", inputs(triton_grpc, {"LABEL": 1}))
 
 
+def test_a_client_may_call_its_request_a_sequence(where: Where) -> None:
+    """As perf_analyzer does. Triton does not bring back a request that its client marked as the end."""
+    expected = over_http(where.standalone, "digits", ASKED[1])
+    with triton_grpc.InferenceServerClient(where.grpc) as client:
+        for is_end in (True, False):
+            given = inputs(triton_grpc, ASKED[1])
+            result = client.infer(
+                "digits-iterative", given, sequence_id=7, sequence_start=True, sequence_end=is_end, client_timeout=30
+            )
+            assert sha256([result.as_numpy("IMAGE")[0]]) == sha256([expected])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_deadline_that_cannot_be_met_is_refused_and_the_steps_are_fitted_to_one_that_can(
     where: Where, variant: str

@@ -1,0 +1,115 @@
+"""`fewstep serve` as a Ray Serve application: replicas of the whole server, behind Ray's own proxy and autoscaler.
+
+    fewstep ray BUNDLE --min-replicas 2                                  here, or on the cluster RAY_ADDRESS names
+    serve run fewstep.deploy.ray_app:app bundles=BUNDLE min_replicas=2   the same by Ray's command; or in its YAML
+
+Each replica is one process with its own engines, and batches by itself: Ray chooses the replica for a request, the
+engine's scheduler all else. Ray refuses with 429 what is more than its line takes, as a replica does for its own, so
+that OpenAI's clients come back by themselves. A request that was under way on a replica that died ends with 500, which
+they ask again.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+
+from ..server import Settings
+
+NAME = "fewstep"
+
+
+class Arguments(BaseModel):
+    """What the application may be told; as ``NAME=VALUE`` by Ray's command, or ``args`` in its YAML."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundles: str | None = None  # folders or embedded names, with commas between
+    config: Path | None = None  # TOML file with the server's settings
+    threads: int | None = Field(default=1, ge=1)  # CPU threads of one network call
+    num_cpus: float = Field(default=1, gt=0)  # that Ray keeps for a replica
+    num_gpus: float = Field(default=0, ge=0)
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(default=4, ge=1)
+    max_queued: int = Field(default=256, ge=1)  # requests in the proxy's line; more are refused with 429
+    up_s: float = Field(default=5, ge=0)  # a load that lasts so long starts replicas
+    down_s: float = Field(default=60, ge=0)  # and one that stays away so long ends them
+
+
+def app(arguments: Arguments) -> serve.Application:
+    """The application.
+
+    Raises:
+        SettingsError: the file, or one of its values, cannot be used.
+    """
+    flags = {"bundles": tuple(arguments.bundles.split(",")) if arguments.bundles else None}
+    settings = Settings.load(arguments.config, {**flags, "threads": arguments.threads, "grpc": False})
+
+    def front() -> Any:
+        """Made in the replica: the whole server, without uvicorn."""
+        from ..server.front import create_front
+        from ..server.logs import set_up_logs
+        from ..server.service import Service
+
+        set_up_logs(settings.log_format, settings.log_level, settings.access_log)
+        return create_front(Service(settings))
+
+    # A replica runs max_rows samples at once; with half as many in line its slots never wait for a request.
+    full = max(2, settings.max_rows * 3 // 2)
+    decorate = serve.deployment(
+        name=NAME,
+        max_ongoing_requests=2 * full,
+        max_queued_requests=arguments.max_queued,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=arguments.min_replicas,
+            max_replicas=max(arguments.min_replicas, arguments.max_replicas),
+            target_ongoing_requests=settings.max_rows,
+            upscale_delay_s=arguments.up_s,
+            downscale_delay_s=arguments.down_s,
+        ),
+        ray_actor_options={"num_cpus": arguments.num_cpus, "num_gpus": arguments.num_gpus},
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+    )
+    deployment: Any = decorate(serve.ingress(front)())
+    application: serve.Application = deployment.bind()
+    return application
+
+
+def run(arguments: Arguments, host: str, port: int) -> None:
+    """Serve until told to stop, on the cluster that ``RAY_ADDRESS`` names or on one of this machine."""
+    application = app(arguments)
+    start(application, host, port)
+    print(f"fewstep on Ray Serve at http://{host}:{port}  (Ctrl-C ends)", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        stop()
+
+
+def start(application: serve.Application, host: str, port: int, resources: Sequence[tuple[str, Any]] = ()) -> None:
+    """Start Ray where it does not run, and the application on it; returns when it answers.
+
+    Args:
+        application: see `app`.
+        host: address of the proxy.
+        port: of the proxy.
+        resources: further arguments of ``ray.init``.
+    """
+    ray.init(logging_level=logging.WARNING, log_to_driver=False, ignore_reinit_error=True, **dict(resources))
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(application, name=NAME)
+
+
+def stop() -> None:
+    """End the application, and Ray if it was started here."""
+    serve.shutdown()
+    ray.shutdown()  # type: ignore[no-untyped-call]

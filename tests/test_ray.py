@@ -1,0 +1,186 @@
+"""Replicas on Ray Serve: a real Ray on this machine, with several replicas, one of which is killed under load."""
+
+import base64
+import http.client
+import io
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from fewstep.deploy.triton_server import free_ports
+from fewstep.runtime import Bundle, Engine, Request
+from fewstep.runtime.simulated import simulated
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own, when it is imported
+    import ray
+    from ray import serve
+
+    from fewstep.deploy.ray_app import NAME, Arguments, app, start, stop
+
+# Ray's own threads and sockets end when they like.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+Address = tuple[str, int]
+IMAGES = "/v1/images/generations"
+SLOTS = 4  # of a replica
+STEP_MS = 20
+
+
+@pytest.fixture(scope="module")
+def address(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
+    """Two replicas, three at most, on simulated accelerators, so that load does not depend on this machine."""
+    config = tmp_path_factory.mktemp("ray") / "server.toml"
+    config.write_text(f'simulate = "{STEP_MS}+0"\nmax_rows = {SLOTS}\n')
+    arguments = Arguments(
+        bundles=str(make_bundle()), config=config, num_cpus=0.1, min_replicas=2, max_replicas=3, max_queued=32,
+        up_s=1, down_s=2,
+    )  # fmt: skip
+    host, port = "127.0.0.1", free_ports(1)[0]
+    start(app(arguments), host, port, [("num_cpus", 4), ("include_dashboard", False)])
+    yield host, port
+    stop()
+
+
+def ask(address: Address, **body: Any) -> tuple[int, Any, dict[str, str]]:
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    connection.request("POST", IMAGES, json.dumps({"prompt": "digit 3", **body}))
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = text
+    return answer.status, content, {name.lower(): value for name, value in answer.getheaders()}
+
+
+def replicas() -> list[str]:
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["name"].startswith(f"SERVE_REPLICA::{NAME}#")]
+
+
+def num_running() -> int:
+    states: Any = serve.status().applications[NAME].deployments[NAME].replica_states
+    return int(states.get("RUNNING", 0))
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    end_s = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.2)
+
+
+def test_replicas_answer_with_the_engines_pixels(address: Address, make_bundle: Callable[..., Path]) -> None:
+    bundle = Bundle.load(make_bundle())
+    engine = Engine(bundle, backend=simulated("0+0"))
+    asked = [("ddim", 4, 7), ("ancestral", 3, 8), ("heun", 3, 9), ("dpmpp_2m", 8, 10)] * 4
+    requests = [Request(seed, bundle.tableau(solver, steps), 3) for solver, steps, seed in asked]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda a: ask(address, solver=a[0], num_inference_steps=a[1], seed=a[2]), asked))
+    assert [status for status, *_ in answers] == [200] * len(asked)
+    for (_, body, _), sample in zip(answers, engine.generate(requests), strict=True):
+        picture = np.array(Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"]))))
+        assert np.array_equal(picture, sample.to_uint8()[:, :, 0])
+
+
+def test_previews_pass_through_as_they_come(address: Address) -> None:
+    client = openai.OpenAI(base_url=f"http://{address[0]}:{address[1]}/v1", api_key="none", max_retries=0)
+    with client:
+        begin_s = time.monotonic()
+        came = []
+        stream: Any = client.images.generate(
+            prompt="digit 3", stream=True, partial_images=3, extra_body={"num_inference_steps": 8}
+        )
+        came = [(event.type, time.monotonic() - begin_s) for event in stream]
+    assert [kind for kind, _ in came] == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert came[-1][1] - came[0][1] > 2 * STEP_MS / 1000  # not all at the end
+
+
+def test_what_is_too_much_is_429_with_when_to_come_back(address: Address) -> None:
+    """Replicas hold 12 requests each, the line 32: of so many at once some are refused, and no other error is seen."""
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda i: ask(address, seed=i, num_inference_steps=8), range(100)))
+    statuses = Counter(status for status, *_ in answers)
+    assert set(statuses) == {200, 429}
+    assert all(int(headers["retry-after"]) >= 1 for status, _, headers in answers if status == 429)
+
+
+def test_a_replica_that_is_killed_under_load_loses_only_what_it_held(address: Address) -> None:
+    """Without retries those fail with 500; OpenAI's client, which retries by itself, loses nothing."""
+    wait_until(lambda: num_running() >= 2)
+    client = openai.OpenAI(base_url=f"http://{address[0]}:{address[1]}/v1", api_key="none", max_retries=4)
+    begin_s = time.monotonic()
+    victim = replicas()[0]
+
+    def plainly(i: int) -> int:
+        return ask(address, seed=i, num_inference_steps=8)[0]
+
+    def by_openai(i: int) -> bool:
+        made = client.images.generate(prompt="digit 3", extra_body={"seed": i, "num_inference_steps": 8})
+        return bool(made.data and made.data[0].b64_json)
+
+    with client, ThreadPoolExecutor(12) as pool:
+        plain = [pool.submit(plainly, i) for i in range(40)]
+        patient = [pool.submit(by_openai, i) for i in range(40)]
+        time.sleep(0.5)
+        ray.kill(ray.get_actor(victim, namespace="serve"))
+        statuses = Counter(one.result(60) for one in plain)
+        assert all(one.result(60) for one in patient)
+    assert set(statuses) <= {200, 429, 500, 503}
+    assert statuses[500] + statuses[503] <= 12  # what was under way there
+    assert statuses[200] >= 20
+    wait_until(lambda: num_running() >= 2 and victim not in replicas())  # another one takes its place
+    assert ask(address, seed=1)[0] == 200
+    assert time.monotonic() - begin_s < 90
+
+
+def test_replicas_come_and_go_under_load_without_errors(address: Address) -> None:
+    wait_until(lambda: num_running() == 2)
+    seen, statuses, end_s = 2, Counter[int](), time.monotonic() + 40
+
+    def load(i: int) -> Counter[int]:
+        counted = Counter[int]()
+        while seen < 3 and time.monotonic() < end_s:
+            counted[ask(address, seed=i, num_inference_steps=8)[0]] += 1
+        return counted
+
+    with ThreadPoolExecutor(16) as pool:
+        running = [pool.submit(load, i) for i in range(16)]
+        while seen < 3 and time.monotonic() < end_s:
+            time.sleep(0.2)
+            seen = max(seen, num_running())
+        for one in running:
+            statuses += one.result(60)
+    assert seen == 3
+    light = Counter[int]()
+    while num_running() > 2:  # with somebody asking all the while
+        light[ask(address, seed=1, num_inference_steps=8)[0]] += 1
+        assert time.monotonic() < end_s + 60
+    assert set(statuses | light) == {200}
+
+
+def test_the_command_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text("max_rows = 0\n")
+    command = [sys.executable, "-m", "fewstep.cli", "ray", "--config", str(tmp_path / "server.toml")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout.startswith("fewstep: max_rows")
+    assert done.stdout.count("\n") == 1
