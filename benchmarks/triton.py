@@ -57,7 +57,10 @@ def main() -> None:
             running(environment, repository, log) as (_, triton),
             standalone(bundle, options.threads) as ours,
         ):
-            arms = {"standalone": (ours, bundle.name), **{variant: (triton, variant) for variant in VARIANTS}}
+            arms: dict[str, tuple[str, str]] = {
+                "standalone": (ours, bundle.name),
+                **{variant: (triton, variant) for variant in VARIANTS},
+            }
             for i in range(options.rounds):
                 order = [*arms][i % len(arms) :] + [*arms][: i % len(arms)]
                 made: dict[str, dict[str, Figures]] = {}

@@ -111,5 +111,5 @@ def start(application: serve.Application, host: str, port: int, resources: Seque
 
 def stop() -> None:
     """End the application, and Ray if it was started here."""
-    serve.shutdown()
-    ray.shutdown()  # type: ignore[no-untyped-call]
+    serve.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
