@@ -8,6 +8,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, nullcontext
 from typing import Any, NoReturn
 
 import grpc
@@ -125,9 +126,7 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
                 context.set_trailing_metadata((("x-request-id", name),))
                 if refusal or request is _GARBLED:
                     await _abort(context, refusal or _garbled())
-                if self._traces is None:
-                    return await handler.unary_unary(request, context)
-                with self._traces.request(details.method, metadata, name):
+                with self._traces.request(details.method, metadata, name) if self._traces else nullcontext():
                     return await handler.unary_unary(request, context)
             finally:
                 over(context)
@@ -137,8 +136,10 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
                 context.set_trailing_metadata((("x-request-id", name),))
                 if refusal:
                     await _abort(context, refusal)
-                async for response in handler.stream_stream(requests, context):
-                    yield response
+                with self._traces.request(details.method, metadata, name) if self._traces else nullcontext():
+                    async with aclosing(handler.stream_stream(requests, context)) as responses:
+                        async for response in responses:
+                            yield response
             finally:
                 over(context)
 

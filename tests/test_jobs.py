@@ -1,7 +1,9 @@
 """Jobs, aliases and spans: what is asked for now and fetched later, under which name, and where its time went."""
 
+import asyncio
 import http.client
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -9,16 +11,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import openai
 import pytest
 import tritonclient.http as triton_http
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from fewstep.server import Service, Settings, SettingsError
 from fewstep.server.front import create_front
 from fewstep.server.keys import hashed
+from fewstep.server.kserve_grpc import GrpcServer
 from fewstep.server.traces import Traces
 
 Address = tuple[str, int]
@@ -234,6 +239,39 @@ def test_a_request_is_a_trace_of_its_line_steps_and_encoding(make_bundle: Callab
         names = Counter(span.name for span in exporter.get_finished_spans())
         assert names["step"] == 6
         assert names["queue"] == 2
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
+def test_a_grpc_call_is_a_trace_too(make_bundle: Callable[..., Path], method: str) -> None:
+    exporter = InMemorySpanExporter()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    service = Service(Settings(bundles=(str(make_bundle()),), threads=1))
+    service.traces = Traces(exporter=exporter)
+
+    async def call() -> None:
+        server = GrpcServer(service, port)
+        service.start()
+        address = await server.start()
+        request = service_pb2.ModelInferRequest(model_name="digits")
+        request.parameters["steps"].int64_param = 3
+        metadata = [("traceparent", f"00-{TRACE}-{PARENT}-01")]
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            if method == "ModelInfer":
+                await stub.ModelInfer(request, metadata=metadata)
+            else:
+                assert [response async for response in stub.ModelStreamInfer(iter([request]), metadata=metadata)]
+        await server.stop(5)
+        await asyncio.to_thread(service.stop)
+
+    asyncio.run(call())
+    spans = exporter.get_finished_spans()
+    name = f"/inference.GRPCInferenceService/{method}"
+    encode = {"encode": 1} if method == "ModelInfer" else {}
+    assert Counter(span.name for span in spans) == {name: 1, "queue": 1, "step": 3, **encode}
+    assert {hexadecimal(span)[0] for span in spans} == {TRACE}
 
 
 def test_without_the_extra_an_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
