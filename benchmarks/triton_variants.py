@@ -1,6 +1,6 @@
 """The variants of a student on Triton server, and `fewstep serve` beside them, under the same loads in one run.
 
-    python benchmarks/triton.py --json docs/results/triton.json
+    python benchmarks/triton_variants.py --json docs/results/triton.json
 
 Three loads over gRPC: an open loop of requests with 1, 4 and 8 steps (`fewstep bench`, time from when a request was
 meant to be sent), a closed loop of the same, and NVIDIA's `perf_analyzer` at the same number of requests under way.
@@ -86,7 +86,7 @@ def main() -> None:
         print(arm, {load: {k: round(v, 1) for k, v in each.items()} for load, each in loads.items()})
     if options.json:
         result = {
-            "command": "python benchmarks/triton.py " + " ".join(sys.argv[1:]),
+            "command": "python benchmarks/triton_variants.py " + " ".join(sys.argv[1:]),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores shared with other work, "
             f"Python {platform.python_version()}",
             "triton": "2.51.0, nvidia-pytriton 0.7.0",
