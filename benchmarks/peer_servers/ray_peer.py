@@ -1,6 +1,7 @@
 """Ray Serve as its documentation sets up dynamic batching: one replica, ``@serve.batch`` behind a FastAPI ingress."""
 
 import asyncio
+import logging
 import sys
 import time
 from typing import Any
@@ -45,7 +46,7 @@ class Student:
 
 
 if __name__ == "__main__":
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="warning", log_to_driver=False)
+    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": setup.port})
     serve.run(Student.bind(setup), route_prefix="/")  # type: ignore[attr-defined]
     while True:
