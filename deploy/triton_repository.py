@@ -29,7 +29,9 @@ REQUIREMENTS = ("numpy", "onnxruntime", "pydantic", "safetensors", "pillow")  # 
 CONFIG, MODEL, BUNDLE, GRAPH = "config.pbtxt", "model.py", "bundle", "model.onnx"
 _PACKAGE = Path(__file__).parents[1]
 _CARRIED = ("kernels", "runtime", "deploy")
-_LEFT = shutil.ignore_patterns("__pycache__", "embedded", "*.cu", "triton_[grs]*.py", "*.txt")
+_LEFT = shutil.ignore_patterns(
+    "__pycache__", "embedded", "*.cu", "triton_[grs]*.py", "ray_app.py", "kubernetes", "*.txt"
+)
 
 _MODEL = '''"""A few-step diffusion student; see fewstep/deploy/triton_model.py."""
 
@@ -46,6 +48,8 @@ class TritonPythonModel:
 
     def initialize(self, args):
         where = f"{args['model_name']}: the server's Python, {sys.version.split()[0]} in {sys.prefix},"
+        if sys.version_info < (3, 11):
+            raise pb.TritonModelException(f"{where} is too old: students need Python 3.11 or newer")
         try:
             import numpy
 
