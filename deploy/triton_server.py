@@ -225,8 +225,9 @@ def running(
         TritonError: it ended, or was not ready in time. The line is the log's first that tells an error.
     """
     http, grpc = free_ports(2)
-    ports = (f"--http-port={http}", f"--grpc-port={grpc}", "--allow-metrics=false")
-    local = ("--http-address=127.0.0.1", "--grpc-address=127.0.0.1")
+    ports = [f"--http-port={http}", f"--grpc-port={grpc}", "--allow-metrics=false"]
+    ports.append("--model-load-thread-count=1")  # nine loaded at once were seen not to come up, once
+    local = ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1"]
     command = environment.command(repository, [*ports, *local, *arguments])
     with log.open("w") as file:
         process = subprocess.Popen(
