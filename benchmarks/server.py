@@ -27,6 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fewstep.bench.observer import ProcessTree
 from fewstep.bench.page import draw
 from fewstep.bench.report import Round, machine
@@ -36,6 +38,7 @@ from fewstep.runtime import Bundle, Engine, Request
 from fewstep.runtime.bundle import MANIFEST, add_tables
 from fewstep.runtime.pictures import encode
 from fewstep.runtime.schedules import karras
+from fewstep.runtime.simulated import simulated
 from fewstep.runtime.solvers import ddim, ipndm
 
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -43,31 +46,44 @@ HISTORIES = (1, 2, 3, 4)
 SIZES = (28, 64, 128, 256)
 STUDENTS = (1, 5, 10, 25, 50)
 FREE = "0+0"
+SECTIONS = ["cold-start", "memory", "growth"]
 
 
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="of load for each figure")
+    parser.add_argument("--sections", nargs="*", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--starts", type=int, default=7, help="cold starts")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path, default=Path("docs/images"), help="folder for the plots")
     options = parser.parse_args()
-    result: dict[str, Any] = {"command": "python benchmarks/server.py", "machine": machine()}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    result: dict[str, Any] = {"command": "python benchmarks/server.py"}
+    if options.json and options.json.exists():  # what is not measured now stays as it was
+        result |= json.loads(options.json.read_text())
+    result["machine"] = machine()
+    if "cold-start" in options.sections:
         result["cold_start"] = cold_start(options.starts)
+    if "memory" in options.sections:
         result["memory_mb"] = memory(options.seconds)
-        result["growth"] = {
-            "rows in flight (engine, SIMULATED free network)": [rows(r, options.seconds) for r in ROWS],
-            "history (engine, SIMULATED free network)": histories(folder, options.seconds),
-            "image size (HTTP, SIMULATED free network)": [size(folder, s, options.seconds) for s in SIZES],
-            "students (HTTP, real network)": [students(folder, n, options.seconds) for n in STUDENTS],
-        }
-    save_plots(options.plots, result["growth"])
+    if "growth" in options.sections:
+        result["growth"] = growth(options.seconds)
+        save_plots(options.plots, result["growth"])
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def growth(seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """How cost grows with each."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        return {
+            "rows in flight (engine, SIMULATED free network)": [rows(r, seconds) for r in ROWS],
+            "history (engine, SIMULATED free network)": histories(folder, seconds),
+            "image size (HTTP, SIMULATED free network)": [size(folder, s, seconds) for s in SIZES],
+            "students (HTTP, real network)": [students(folder, n, seconds) for n in STUDENTS],
+        }
 
 
 @contextmanager
@@ -98,16 +114,26 @@ def cold_start(starts: int) -> dict[str, Any]:
     assert bundle.manifest.labels is not None
     label = bundle.manifest.labels.parse("Sneaker")
     (sample,) = Engine(bundle, threads=1).generate([Request(5, bundle.tableau(), label)])
-    listening, imaged = [], []
+    listening, imaged, cpu = [], [], []
     for _ in range(starts):
         start_s = time.perf_counter()
-        with serving("--no-grpc") as (url, _):
+        with serving("--no-grpc") as (url, pid):
             listening.append(time.perf_counter() - start_s)
             image = first_image(url)
             imaged.append(time.perf_counter() - start_s)
+            cpu.append(ProcessTree(pid).cpu_s())
         assert image == encode(sample.to_uint8())
-    told = {"listening_s": statistics.median(listening), "first_image_s": statistics.median(imaged), "all_s": imaged}
-    print(f"cold start: first image after {told['first_image_s']:.2f} s, median of {starts}", flush=True)
+    told = {
+        "listening_s": statistics.median(listening),
+        "first_image_s": statistics.median(imaged),
+        "cpu_s": statistics.median(cpu),
+        "all_s": imaged,
+    }
+    print(
+        f"cold start: first image after {told['first_image_s']:.2f} s, {told['cpu_s']:.2f} s of CPU time; "
+        f"median of {starts}, the quickest {min(imaged):.2f} s",
+        flush=True,
+    )
     return told
 
 
@@ -146,9 +172,27 @@ def row_of(what: dict[str, Any], made: Round) -> dict[str, Any]:
 
 
 def rows(number: int, seconds: float) -> dict[str, Any]:
-    """So many samples in one engine, and as many clients."""
-    address = address_of(None, max_rows=number, threads=1, simulate=FREE)
-    return row_of({"rows": number}, bench(address, workload(clients=number, seconds=seconds), is_quiet=True))
+    """So many samples in one engine at once, from the first step to the last; times are of all of them together."""
+    bundle = Bundle.load()
+    engine = Engine(bundle, max_rows=number, max_waiting=number, threads=1, backend=simulated(FREE))
+    requests = [Request(seed, bundle.tableau(), seed % 10) for seed in range(number)]
+    engine.generate(requests)
+    took_ms: list[float] = []
+    cpu_s, start_s = time.process_time(), time.perf_counter()
+    while time.perf_counter() < start_s + seconds:
+        before_s = time.perf_counter()
+        engine.generate(requests)
+        took_ms.append(1000 * (time.perf_counter() - before_s))
+    images = number * len(took_ms)
+    told = {
+        "rows": number,
+        "images_per_s": images / (sum(took_ms) / 1000),
+        "p50_ms": float(np.percentile(took_ms, 50)),
+        "p99_ms": float(np.percentile(took_ms, 99)),
+        "cpu_ms_per_image": 1000 * (time.process_time() - cpu_s) / images,
+    }
+    print(", ".join(f"{name} {value:.4g}" for name, value in told.items()), flush=True)
+    return told
 
 
 def histories(folder: Path, seconds: float) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The comparison with peers is fair: what they run makes the very images that our engine makes."""
 
 import base64
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from fewstep.runtime import Bundle, Engine, Request
 from fewstep.runtime.pictures import encode
 from fewstep.runtime.simulated import simulated
 
+ROOT = Path(__file__).parents[1]
 ASKS = [Ask(i % 10, 100 + i, (1, 4, 8, 2)[i % 4]) for i in range(9)]
 
 
@@ -26,8 +28,11 @@ def test_a_peers_batch_of_any_mix_has_the_engines_bits(is_padded: bool, simulate
 
 
 def test_every_peer_and_scenario_names_files_and_servers_that_are_there() -> None:
-    import peers
-
+    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    peers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peers)
     for file, flags in peers.PEERS.values():
         assert (peers.SERVERS / file).is_file()
         Setup(bundle="", port=1, max_batch=1, threads=1, **flags)
