@@ -291,14 +291,15 @@ def test_moment_matching_lowers_the_residual_of_its_moments() -> None:
             jump = distillation.jump(batch, generator(7))
             said = exact(jump.z_s, jump.sigma_s, batch.label)
         z = (jump.z_s / per_row(1 + jump.sigma_s)).flatten(1)
-        pairs = (z[:, :, None] * z[:, None]).flatten(1)
-        features = torch.cat([torch.ones(len(z), 1), z, pairs, said.flatten(1), batch.label[:, None] * z], 1)
-        off = (jump.x0 - said).flatten(1)
+        first, second = torch.triu_indices(4, 4)
+        pairs = z[:, first] * z[:, second]
+        features = torch.cat([torch.ones(len(z), 1), z, pairs, said.flatten(1), batch.label[:, None] * z], 1).double()
+        off = (jump.x0 - said).flatten(1).double()  # least squares in single precision drops features by chance
         told = features @ torch.linalg.lstsq(features, off).solution
         return float((told**2).mean())
 
     before = residual()
-    take(moment_matching(settings, distillation), exact.data, 250)
+    take(moment_matching(settings, distillation), exact.data, 500)
     assert residual() < 0.5 * before
 
 

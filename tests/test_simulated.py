@@ -17,24 +17,21 @@ from fewstep.runtime.simulated import Cost, SimulatedBackend, simulated
 from fewstep.server import Service, Settings
 
 
-@pytest.mark.parametrize("attempts", [3])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_a_call_takes_its_cost_and_no_cpu_time(baked: Bundle, rows: int, attempts: int) -> None:
+def test_a_call_takes_its_cost_and_no_cpu_time(baked: Bundle, rows: int) -> None:
     cost = Cost(20, 0.5)
     backend = SimulatedBackend(baked, 16, cost)
     backend(rows)
-    for attempt in range(attempts):
-        took, cpu_s = [], time.process_time()
-        for _ in range(15):
-            start_s = time.perf_counter()
-            backend(rows)
-            took.append(time.perf_counter() - start_s)
-        cpu_s = time.process_time() - cpu_s
-        assert min(took) >= cost.seconds(rows)
-        if np.median(took) < 1.02 * cost.seconds(rows) or attempt == attempts - 1:
-            assert np.median(took) < 1.02 * cost.seconds(rows)
-            assert cpu_s < 0.1 * sum(took)
-            return
+    took, cpu_s = [], time.process_time()
+    for _ in range(45):
+        start_s = time.perf_counter()
+        backend(rows)
+        took.append(time.perf_counter() - start_s)
+    cpu_s = time.process_time() - cpu_s
+    assert min(took) >= cost.seconds(rows)
+    # Most calls are on time on a machine that is idle; the quickest fifth on one that is not.
+    assert np.quantile(took, 0.2) < 1.02 * cost.seconds(rows)
+    assert cpu_s < 0.1 * sum(took)
 
 
 def test_samples_are_the_same_bits_in_any_company_and_depend_on_all_they_should(baked: Bundle) -> None:
