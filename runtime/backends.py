@@ -34,7 +34,11 @@ class Backend(Protocol):
     """What the engine needs of a network."""
 
     inputs: dict[str, Array]  # [max_rows, ...] by input name, on the device
-    device: Device
+
+    @property
+    def device(self) -> Device:
+        """Where the arrays are."""
+        ...
 
     def __call__(self, rows: int) -> Array:
         """Run the network on the first ``rows`` rows of the inputs."""

@@ -3,8 +3,13 @@
 The engine keeps its books (which row stands where) in numpy, and asks its device for everything as large as a
 batch of samples: room, the network's small inputs put in place, the fused step, and finished samples back. So
 between the steps nothing but a few numbers a row crosses to a GPU, and only finished samples come back.
+
+A GPU does what it is asked later, in the order in which it was asked: all of a student's work is on one stream, which
+is current during the engine's turn, and a turn ends when the stream is empty. So the time of a turn is the time it
+took, an error of the GPU ends the requests that it concerns, and what was sent up may be overwritten in the next turn.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +22,13 @@ from ..kernels.fused_step import Scratch
 Array = Any  # numpy's or CuPy's
 HostArray = NDArray[Any]
 
+_PINNED = 1 << 20  # bytes of pinned memory for what goes up in a turn
+
 
 class Device(Protocol):
     """What the engine needs of a device; arrays it made are indexed and assigned among each other as numpy's are."""
+
+    turn: AbstractContextManager[Any]  # entered around all that is done with the device
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """Room on the device."""
@@ -33,6 +42,10 @@ class Device(Protocol):
         """A copy on the host; waits for what is under way."""
         ...
 
+    def wait(self) -> None:
+        """Wait for what is under way."""
+        ...
+
     def step(
         self, table: HostArray, row: HostArray, x: Array, history: Array, raw: Array, uncond: HostArray,
         guidance: HostArray, seed: HostArray, network_input: Array,
@@ -42,9 +55,10 @@ class Device(Protocol):
 
 
 class Cpu:
-    """Host memory; the compiled step, or numpy's."""
+    """Host memory; the compiled step, or numpy's. It does at once what it is asked."""
 
     def __init__(self) -> None:
+        self.turn: AbstractContextManager[Any] = nullcontext()
         self._scratch: Scratch | None = None
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -59,6 +73,9 @@ class Cpu:
         """See `Device`."""
         return np.array(array)
 
+    def wait(self) -> None:
+        """See `Device`."""
+
     def step(
         self, table: HostArray, row: HostArray, x: Array, history: Array, raw: Array, uncond: HostArray,
         guidance: HostArray, seed: HostArray, network_input: Array,
@@ -71,7 +88,10 @@ class Cpu:
 
 
 class Cuda:
-    """A GPU's memory, through CuPy, on CuPy's current stream. Not run on a GPU yet.
+    """A GPU's memory and one stream, through CuPy. Not run on a GPU yet.
+
+    What goes up is copied into pinned memory, which the GPU reads by itself, and is good until `wait`; what has no room
+    there goes from ordinary memory, which CUDA copies before it returns.
 
     Args:
         network: the network's dtype.
@@ -83,22 +103,37 @@ class Cuda:
     def __init__(self, network: Network = "float32") -> None:
         self._step = CudaStep(network)
         import cupy
+        import cupyx
 
         self._cupy = cupy
+        # Not ordered after the default stream, so that what others do there is nothing to a capture.
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.turn: AbstractContextManager[Any] = self.stream
+        self._pinned: HostArray = cupyx.empty_pinned(_PINNED, np.uint8)
+        self._used = 0
+        self._books = self.zeros((0,), np.uint8)  # seed, row, uncond and guidance of the rows, one after the other
         self._table: tuple[HostArray, Array] | None = None  # the packed table, and its copy on the device
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """See `Device`."""
-        return self._cupy.zeros(shape, dtype)
+        with self.stream:
+            return self._cupy.zeros(shape, dtype)
 
     def put(self, target: Array, values: HostArray) -> None:
         """See `Device`."""
-        target.set(np.ascontiguousarray(values, target.dtype))
+        staged = self._stage(values.size * target.dtype.itemsize).view(target.dtype).reshape(values.shape)
+        staged[...] = values
+        target.set(staged, self.stream)
 
     def fetch(self, array: Array) -> HostArray:
         """See `Device`."""
-        host: HostArray = self._cupy.asnumpy(array)
+        host: HostArray = self._cupy.asnumpy(array, self.stream)
         return host
+
+    def wait(self) -> None:
+        """See `Device`."""
+        self.stream.synchronize()
+        self._used = 0
 
     def step(
         self, table: HostArray, row: HostArray, x: Array, history: Array, raw: Array, uncond: HostArray,
@@ -107,8 +142,27 @@ class Cuda:
         """See `Device`."""
         if self._table is None or self._table[0] is not table:  # a table is replaced as a whole, never changed
             flat = np.frombuffer(table.tobytes(), np.uint8).reshape(len(table), table.itemsize)
-            self._table = table, self._cupy.asarray(flat)
-        row, uncond, guidance, seed = (
-            self._cupy.asarray(np.ascontiguousarray(array)) for array in (row, uncond, guidance, seed)
+            on_device = self.zeros(flat.shape, np.uint8)
+            on_device.set(flat, self.stream)
+            self._table = table, on_device
+        books = (seed, row, uncond, guidance)  # in one copy
+        ends = np.cumsum([array.nbytes for array in books]).tolist()
+        staged = self._stage(ends[-1])
+        if self._books.size < staged.size:
+            self._books = self.zeros((staged.size,), np.uint8)
+        starts = [0, *ends[:-1]]
+        for array, start, end in zip(books, starts, ends, strict=True):
+            staged[start:end].view(array.dtype)[...] = array
+        self._books[: staged.size].set(staged, self.stream)
+        seed_, row_, uncond_, guidance_ = (
+            self._books[start:end].view(array.dtype) for array, start, end in zip(books, starts, ends, strict=True)
         )
-        self._step(self._table[1], row, x, history, raw, uncond, guidance, seed, network_input)
+        self._step(self._table[1], row_, x, history, raw, uncond_, guidance_, seed_, network_input)
+
+    def _stage(self, size: int) -> HostArray:
+        """Room on the host for so many bytes on their way up."""
+        start, self._used = self._used, self._used + -(-size // 16) * 16
+        if self._used <= _PINNED:
+            return self._pinned[start : start + size]
+        self._used = start
+        return np.empty(size, np.uint8)

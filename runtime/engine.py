@@ -309,11 +309,13 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run the network on nothing, so that the first requests find it ready and its pace known."""
-        for rows in dict.fromkeys((1, self._slots.capacity)):
-            for _ in range(3):  # the first call of a size sets it up
-                start_s = time.monotonic()
-                self._device.fetch(self._backend(rows)[:1])
-            self.pace.add(rows, time.monotonic() - start_s)
+        with self._device.turn:
+            for rows in dict.fromkeys((1, self._slots.capacity)):
+                for _ in range(3):  # the first call of a size sets it up
+                    start_s = time.monotonic()
+                    self._backend(rows)
+                    self._device.wait()
+                self.pace.add(rows, time.monotonic() - start_s)
 
     def step(self) -> bool:
         """One tick. Whatever goes wrong in it, it ends the requests that it concerns, and never raises.
@@ -322,7 +324,8 @@ class Engine:
             Whether there was anything to run.
         """
         try:
-            return self._tick()
+            with self._device.turn:
+                return self._tick()
         except Exception as error:
             log.exception("%s: a tick failed; its %d samples are lost", self.bundle.name, len(self._slots))
             self._fail_running(SampleFailed(f"the step failed: {error}"))
@@ -348,6 +351,7 @@ class Engine:
             self._show(rows, raw)
             self._update(slice(0, rows), raw)
             outputs = len(raw)
+        self._device.wait()
         now_s = time.monotonic()
         self.recent.append((start_s, now_s, rows))
         self._harvest(now_s)
@@ -421,12 +425,13 @@ class Engine:
         self._uncond[:rows] = -1
         if self._has_uncond:
             labels = self.bundle.manifest.labels
-            for i in np.flatnonzero(slots.guidance[:rows] != 1):
-                self._uncond[i] = outputs
-                self._input[outputs] = self._input[i]
-                said["label"][outputs] = labels.null if labels else 0
-                said["t"][outputs] = self._table["t"][slots.table_row[i]]
-                outputs += 1
+            guided = np.flatnonzero(slots.guidance[:rows] != 1)
+            outputs += len(guided)
+            if len(guided):
+                self._uncond[guided] = np.arange(rows, outputs)
+                self._input[rows:outputs] = self._input[guided]
+                said["label"][rows:outputs] = labels.null if labels else 0
+                said["t"][rows:outputs] = self._table["t"][slots.table_row[guided]]
         said["t"][:rows] = self._table["t"][slots.table_row[:rows]]
         if "label" in said:
             said["label"][:rows] = slots.label[:rows]

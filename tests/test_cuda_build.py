@@ -4,7 +4,6 @@ A C++ compiler takes ``cuda.cu`` as it is, given stand-ins for CUDA's few names;
 chose stands in for the GPU. So the indexing, both access widths and all history depths are executed here.
 """
 
-import ctypes
 import hashlib
 import os
 import re
@@ -21,52 +20,22 @@ import pytest
 from fused_step_cases import CASES, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lazy_cuda import emulate
 from numpy.typing import NDArray
 
 from fewstep.kernels import StepRow, cuda, normals, pack_rows, step_reference
 
 Array = NDArray[Any]
 DTYPES: dict[cuda.Network, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-KERNELS = Path(cuda.__file__).parent
 needs_compiler = pytest.mark.skipif(not cuda._compiler(), reason="neither NVRTC nor nvcc is installed")
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-
-STAND_INS = r"""
-#include <cstring>
-#define __device__
-#define __global__
-#define __launch_bounds__(n)
-#define __forceinline__ inline
-struct Three { long x, y, z; };
-static Three blockIdx, threadIdx, blockDim;
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-#include "cuda.cu"
-#define RUN(NAME) \
-  if (!strcmp(name, #NAME)) \
-    for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++) \
-      for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) \
-        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) \
-          NAME(table, row_bytes, row, elements, slots, x, history, raw, uncond, guidance, seed, network_input);
-extern "C" void launch(const char* name, long blocks, long rows, long threads, FEWSTEP_ARGUMENTS) {
-  blockDim.x = threads;
-  RUN(fewstep_step_1_whole) RUN(fewstep_step_2_whole) RUN(fewstep_step_4_whole) RUN(fewstep_step_8_whole)
-  RUN(fewstep_step_1_any) RUN(fewstep_step_2_any) RUN(fewstep_step_4_any) RUN(fewstep_step_8_any)
-}
-"""
 
 
 class Emulated:
     """The kernels of one build as `fused_step`; it remembers which of them ran."""
 
-    def __init__(self, library: ctypes.CDLL, network: cuda.Network) -> None:
-        pointer, number = ctypes.c_void_p, ctypes.c_longlong
-        self._launch, self._network = library.launch, network
-        grid: list[Any] = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_long]
-        self._launch.argtypes = [*grid, pointer, number, pointer, number, ctypes.c_int, *[pointer] * 7]
-        self._launch.restype = None
+    def __init__(self, launch: Any, network: cuda.Network) -> None:
+        self._launch, self._network = launch, network
         self.ran: set[str] = set()
 
     def __call__(
@@ -92,12 +61,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated
 
     def build(network: cuda.Network, fast: bool = False) -> Emulated:
         if (network, fast) not in made:
-            source, library = folder / "emulated.cpp", folder / f"{network}-{fast}.so"
-            source.write_text(STAND_INS)
-            flags = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", f"-I{KERNELS}"]
-            defines = [f"-DFEWSTEP_NETWORK={cuda.NETWORKS.index(network)}", f"-DFEWSTEP_FAST_NOISE={int(fast)}"]
-            subprocess.run(["g++", *flags, *defines, str(source), "-o", str(library)], check=True, timeout=120)
-            made[network, fast] = Emulated(ctypes.CDLL(str(library)), network)
+            made[network, fast] = Emulated(emulate(folder, network, fast), network)
         return made[network, fast]
 
     return build

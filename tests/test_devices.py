@@ -1,9 +1,10 @@
 """The engine on a device that is not the CPU: nothing crosses but what must, and the samples are the CPU's to the bit.
 
 The device of these tests is host memory in a type that, like CuPy's arrays, refuses to be computed with in numpy or
-filled from it; only `Device`'s four functions may cross.
+filled from it; only `Device`'s functions may cross.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class OtherDevice:
 
     def __init__(self) -> None:
         self.bytes_in = self.bytes_out = 0
+        self.turn: AbstractContextManager[Any] = nullcontext()
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.zeros(shape, dtype).view(Guarded)
@@ -47,6 +49,9 @@ class OtherDevice:
         assert isinstance(array, Guarded)
         self.bytes_out += array.nbytes
         return np.array(array.view(np.ndarray))
+
+    def wait(self) -> None:
+        pass
 
     def step(
         self, table: Any, row: Any, x: Any, history: Any, raw: Any, uncond: Any, guidance: Any, seed: Any,

@@ -1,17 +1,30 @@
-"""What of the GPU backends can be held without a GPU: the choice of an engine, and errors that say what is missing."""
+"""The GPU backends without a GPU: the choice of an engine, errors that say what is missing, and the order of work.
+
+`lazy_cuda` stands in for the GPU, and does everything as late as it may; ONNX Runtime on the CPU stands in for the
+network of either library, put in line on the stream that the library was given. So the samples are those of the CPU to
+the bit if, and only if, copies, network and fused step are asked in the right order on one stream.
+"""
 
 import dataclasses
+import logging
+import shutil
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import lazy_cuda
+import numpy as np
+import onnxruntime
 import pytest
 
-from fewstep.runtime import Bundle, Engine
+from fewstep.runtime import Bundle, Engine, Request
 from fewstep.runtime.backends import BackendError
 from fewstep.runtime.bundle import EngineFile
-from fewstep.runtime.gpu_backends import OnnxCudaBackend, TensorRTBackend, choose_engine
+from fewstep.runtime.gpu_backends import Buckets, OnnxCudaBackend, TensorRTBackend, choose_engine
+
+needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
 def with_engines(bundle: Bundle, **changes: Any) -> Bundle:
@@ -42,11 +55,13 @@ def test_an_engine_that_fits_is_chosen(baked: Bundle, tensorrt: ModuleType) -> N
         ({"targets": ("sm86",)}, r"one\.engine: it was built for sm86, this GPU is sm89$"),
         ({"batch": (1, 2, 8)}, r"one\.engine: it takes 8 rows at most, 16 are asked for$"),
         ({"graph": "sampler"}, r"it has none; fewstep export --tensorrt builds them$"),
+        ({"flavour": "full"}, r"one\.engine: tensorrt is not installed$"),
     ],
 )
 def test_an_engine_that_does_not_fit_says_why(
-    baked: Bundle, tensorrt: ModuleType, changes: dict[str, Any], reason: str
+    baked: Bundle, tensorrt: ModuleType, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], reason: str
 ) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(BackendError, match=reason):
         choose_engine(with_engines(baked, **changes), 16, "89")
 
@@ -56,3 +71,263 @@ def test_an_engine_that_does_not_fit_says_why(
 def test_without_cupy_the_error_says_what_to_install(baked: Bundle, backend: Any) -> None:
     with pytest.raises(BackendError, match=r"^the CUDA step needs CuPy: pip install 'fewstep\[gpu\]'$"):
         Engine(baked, backend=backend)
+
+
+# --- on the stand-in
+
+
+@pytest.fixture
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with lazy_cuda.installed(tmp_path_factory.getbasetemp() / "kernels"):
+        (tmp_path_factory.getbasetemp() / "kernels").mkdir(exist_ok=True)
+        yield
+
+
+def cpu_session(bundle: Bundle) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(bundle.network), options, providers=["CPUExecutionProvider"])
+
+
+class FakeTensorRT(ModuleType):
+    """As much of TensorRT's Python module as runs an engine; the engine is the bundle's network."""
+
+    def __init__(self, name: str, bundle: Bundle, batch: tuple[int, int, int]) -> None:
+        super().__init__(name)
+        self.__version__ = "1.7"
+        self.Logger = lambda severity: None
+        self.Logger.ERROR = 0  # type: ignore[attr-defined]
+        self.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
+        self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+        self.nptype = lambda dtype: dtype
+        self.session, self.batch = cpu_session(bundle), batch
+        self.contexts: list[FakeContext] = []
+
+    def Runtime(self, logger: Any) -> Any:  # noqa: N802 (TensorRT's name)
+        return SimpleNamespace(deserialize_cuda_engine=lambda data: FakeEngine(self) if data == b"whole" else None)
+
+
+class FakeEngine:
+    device_memory_size_v2 = 4096
+
+    def __init__(self, module: FakeTensorRT) -> None:
+        self._module = module
+        self._nodes = [*module.session.get_inputs(), *module.session.get_outputs()]
+        self.num_io_tensors = len(self._nodes)
+
+    def get_tensor_name(self, i: int) -> str:
+        return str(self._nodes[i].name)
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "output" if name == self._nodes[-1].name else "input"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return np.int64 if name == "label" else np.float32
+
+    def create_runtime_config(self) -> Any:
+        config = SimpleNamespace()
+        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
+        return config
+
+    def create_execution_context(self, how: Any) -> "FakeContext":
+        context = FakeContext(self._module, how)
+        self._module.contexts.append(context)
+        return context
+
+
+class FakeContext:
+    def __init__(self, module: FakeTensorRT, how: Any) -> None:
+        self.how, self._module = how, module
+        self._shapes: dict[str, Any] = {}
+        self._addresses: dict[str, int] = {}
+        self.memory = 0
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= FakeEngine.device_memory_size_v2
+        self.memory = address
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = shape
+        return self._module.batch[0] <= shape[0] <= self._module.batch[2]
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self._addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert self.memory
+        session = self._module.session
+        binding = session.io_binding()
+        for node in session.get_inputs():
+            dtype = np.int64 if node.name == "label" else np.float32
+            binding.bind_input(node.name, "cpu", 0, dtype, self._shapes[node.name], self._addresses[node.name])
+        (out,) = session.get_outputs()
+        binding.bind_output(out.name, "cpu", 0, np.float32, self._shapes["x"], self._addresses[out.name])
+        lazy_cuda.Stream.by_ptr[stream].ask(lambda: session.run_with_iobinding(binding))
+        return True
+
+
+@pytest.fixture
+def fake(gpu: None, baked: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``fake(bundle, **changes of the engine)``: the bundle with an engine, and the module that runs it."""
+
+    def make(bundle: Bundle, tmp_path: Any, **changes: Any) -> tuple[Bundle, FakeTensorRT]:
+        made = with_engines(bundle, **{"targets": (), **changes})
+        entry = made.manifest.engines["engines/one.engine"]
+        name = "tensorrt_rtx" if entry.flavour == "rtx" else "tensorrt"
+        module = FakeTensorRT(name, bundle, entry.batch)
+        monkeypatch.setitem(sys.modules, name, module)
+        (tmp_path / "engines").mkdir()
+        (tmp_path / "engines" / "one.engine").write_bytes(b"whole")
+        return dataclasses.replace(made, path=tmp_path), module
+
+    return make
+
+
+def requests_of(bundle: Bundle, is_guided: bool) -> list[Request]:
+    asked = [("ancestral", 4), ("dpmpp_2m", 3), ("ddim", 8), ("heun", 7), ("ancestral", 1)]
+    return [
+        Request(i, bundle.tableau(solver, steps), i % 10, [1.0, 3.0][i % 2] if is_guided else None)
+        for i, (solver, steps) in enumerate(asked * 2)
+    ]
+
+
+@needs_cxx
+@pytest.mark.parametrize("is_guided", [False, True])
+@pytest.mark.parametrize("flavour", ["rtx", "full"])
+def test_tensorrt_gives_the_cpus_bits_on_one_stream(
+    baked: Bundle, guided: Bundle, fake: Any, tmp_path: Any, flavour: str, is_guided: bool
+) -> None:
+    bundle = guided if is_guided else baked
+    requests = requests_of(bundle, is_guided)
+    here = Engine(bundle, max_rows=3, threads=1).generate(requests)
+    with_engine, module = fake(bundle, tmp_path, flavour=flavour)
+    engine = Engine(with_engine, max_rows=3, backend=TensorRTBackend)
+    engine.warm_up()
+    for one, other in zip(here, engine.generate(requests), strict=True):
+        assert one.pixels.tobytes() == other.pixels.tobytes()
+    sizes = [1, 2, 4, 6] if is_guided else [1, 2, 3]
+    assert [context._shapes["x"][0] for context in module.contexts] == sizes
+    assert len({context.memory for context in module.contexts}) == 1
+    (stream,) = lazy_cuda.Stream.by_ptr.values()
+    if flavour == "full":  # our graphs
+        assert {context.how for context in module.contexts} == {"ours"}
+        assert stream.replayed >= engine.counters.ticks
+    else:  # TensorRT's own
+        assert {context.how.cuda_graph_strategy for context in module.contexts} == {"whole"}
+        assert {context.how.strategy for context in module.contexts} == {"ours"}
+        assert stream.replayed == 0
+
+
+@needs_cxx
+def test_without_graphs_the_bits_are_the_same(baked: Bundle, fake: Any, tmp_path: Any) -> None:
+    with_engine, _ = fake(baked, tmp_path, flavour="full")
+    requests = requests_of(baked, False)
+    here = Engine(baked, max_rows=4, threads=1).generate(requests)
+    there = Engine(with_engine, max_rows=4, backend=lambda b, rows: TensorRTBackend(b, rows, False)).generate(requests)
+    assert all(one.pixels.tobytes() == other.pixels.tobytes() for one, other in zip(here, there, strict=True))
+    assert next(iter(lazy_cuda.Stream.by_ptr.values())).replayed == 0
+
+
+@needs_cxx
+def test_an_engine_of_larger_batches_runs_smaller_ones_padded(baked: Bundle, fake: Any, tmp_path: Any) -> None:
+    with_engine, module = fake(baked, tmp_path, flavour="full", batch=(4, 8, 16))
+    requests = requests_of(baked, False)[:2]
+    here = Engine(baked, threads=1).generate(requests)
+    there = Engine(with_engine, max_rows=2, backend=TensorRTBackend).generate(requests)
+    assert all(one.pixels.tobytes() == other.pixels.tobytes() for one, other in zip(here, there, strict=True))
+    assert [context._shapes["x"][0] for context in module.contexts] == [4]
+
+
+@needs_cxx
+def test_an_engine_that_tensorrt_cannot_load_is_named(baked: Bundle, fake: Any, tmp_path: Any) -> None:
+    """Such as one that was built for another GPU and does not say for which."""
+    with_engine, _ = fake(baked, tmp_path)
+    (tmp_path / "engines" / "one.engine").write_bytes(b"of another GPU")
+    with pytest.raises(BackendError, match=r"one\.engine: TensorRT 1\.7 cannot load it$"):
+        Engine(with_engine, max_rows=2, backend=TensorRTBackend)
+
+
+@needs_cxx
+def test_what_cannot_be_captured_is_started_call_by_call(
+    baked: Bundle, fake: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Any) -> None:
+        self.captured = None
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(lazy_cuda.Stream, "end_capture", refuse)
+    with_engine, _ = fake(baked, tmp_path, flavour="full")
+    requests = requests_of(baked, False)
+    here = Engine(baked, max_rows=2, threads=1).generate(requests)
+    with caplog.at_level(logging.WARNING, "fewstep"):
+        there = Engine(with_engine, max_rows=2, backend=TensorRTBackend).generate(requests)
+    assert all(one.pixels.tobytes() == other.pixels.tobytes() for one, other in zip(here, there, strict=True))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"no CUDA graph for {rows} rows, the network is started call by call: "
+        "operation not permitted when stream is capturing"
+        for rows in (1, 2)
+    ]
+
+
+RealSession = onnxruntime.InferenceSession
+
+
+class FakeCudaSession:
+    """ONNX Runtime with a CUDA provider, whose device is the stand-in."""
+
+    def __init__(self, path: str, options: Any, providers: Any) -> None:
+        ((name, settings),) = providers
+        assert name == "CUDAExecutionProvider"
+        self._stream = lazy_cuda.Stream.by_ptr[int(settings["user_compute_stream"])]
+        self._session = RealSession(path, options, providers=["CPUExecutionProvider"])
+        self.get_inputs, self.get_outputs = self._session.get_inputs, self._session.get_outputs
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def io_binding(self) -> Any:
+        binding = self._session.io_binding()
+
+        def bind(method: Any) -> Any:
+            def on_host(name: str, device: str, *others: Any) -> None:
+                assert device == "cuda"
+                method(name, "cpu", *others)
+
+            return on_host
+
+        return SimpleNamespace(bind_input=bind(binding.bind_input), bind_output=bind(binding.bind_output), real=binding)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        # What is not turned off would wait for the stream at the end of each call.
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        self._stream.ask(lambda: self._session.run_with_iobinding(binding.real))
+
+
+@needs_cxx
+@pytest.mark.parametrize("is_guided", [False, True])
+def test_onnx_runtime_gives_the_cpus_bits_on_one_stream(
+    baked: Bundle, guided: Bundle, gpu: None, monkeypatch: pytest.MonkeyPatch, is_guided: bool
+) -> None:
+    bundle = guided if is_guided else baked
+    requests = requests_of(bundle, is_guided)
+    here = Engine(bundle, max_rows=3, threads=1).generate(requests)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeCudaSession)
+    engine = Engine(bundle, max_rows=3, backend=OnnxCudaBackend)
+    engine.warm_up()
+    for one, other in zip(here, engine.generate(requests), strict=True):
+        assert one.pixels.tobytes() == other.pixels.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "sizes"), [(1, 1, [1]), (1, 6, [1, 2, 4, 6]), (1, 64, [1, 2, 4, 8, 16, 32, 64]), (4, 4, [4])]
+)
+def test_buckets_are_powers_of_two_and_the_largest_batch(least: int, most: int, sizes: list[int]) -> None:
+    ran: list[int] = []
+    buckets = Buckets(least, most, ran.append, None)
+    buckets.prepare(lambda: None)
+    assert ran == buckets.sizes == sizes
+    del ran[:]
+    for rows in range(1, most + 1):
+        buckets(rows)
+    assert ran == [min(size for size in sizes if size >= rows) for rows in range(1, most + 1)]

@@ -1,0 +1,229 @@
+"""A GPU's stand-in: enough of CuPy for `runtime.devices.Cuda`, in host memory, that does everything as late as it may.
+
+What is asked of a stream is put in line, and done when somebody waits for it. So a host buffer that is written again
+before the device has read it, an answer fetched from the wrong stream and work on the default stream all show: as
+wrong numbers or as errors. A capture takes what is asked in between, as CUDA does, and waiting during one is an error.
+
+The kernels are ``cuda.cu`` itself, compiled by g++ and run over the launch's grid; see `emulate`.
+"""
+
+import ctypes
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fewstep.kernels import cuda
+
+HostArray = NDArray[Any]
+KERNELS = Path(cuda.__file__).parent
+
+STAND_INS = r"""
+#include <cstring>
+#define __device__
+#define __global__
+#define __launch_bounds__(n)
+#define __forceinline__ inline
+struct Three { long x, y, z; };
+static Three blockIdx, threadIdx, blockDim;
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+#include "cuda.cu"
+#define RUN(NAME) \
+  if (!strcmp(name, #NAME)) \
+    for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++) \
+      for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) \
+        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) \
+          NAME(table, row_bytes, row, elements, slots, x, history, raw, uncond, guidance, seed, network_input);
+extern "C" void launch(const char* name, long blocks, long rows, long threads, FEWSTEP_ARGUMENTS) {
+  blockDim.x = threads;
+  RUN(fewstep_step_1_whole) RUN(fewstep_step_2_whole) RUN(fewstep_step_4_whole) RUN(fewstep_step_8_whole)
+  RUN(fewstep_step_1_any) RUN(fewstep_step_2_any) RUN(fewstep_step_4_any) RUN(fewstep_step_8_any)
+}
+"""
+
+
+def emulate(folder: Path, network: cuda.Network, fast: bool = False) -> Any:
+    """``launch(name, blocks, rows, threads, *arguments of the kernel)`` of one build of the CUDA source, on the CPU."""
+    source, library = folder / "emulated.cpp", folder / f"{network}-{fast}.so"
+    if not library.exists():
+        source.write_text(STAND_INS)
+        flags = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", f"-I{KERNELS}"]
+        defines = [f"-DFEWSTEP_NETWORK={cuda.NETWORKS.index(network)}", f"-DFEWSTEP_FAST_NOISE={int(fast)}"]
+        subprocess.run(["g++", *flags, *defines, str(source), "-o", str(library)], check=True, timeout=120)
+    launch = ctypes.CDLL(str(library)).launch
+    pointer, number = ctypes.c_void_p, ctypes.c_longlong
+    grid: list[Any] = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_long]
+    launch.argtypes = [*grid, pointer, number, pointer, number, ctypes.c_int, *[pointer] * 7]
+    launch.restype = None
+    return launch
+
+
+class Stream:
+    """Work in line. ``Stream.by_ptr`` finds one by the number that it gives to libraries."""
+
+    by_ptr: ClassVar[dict[int, "Stream"]] = {}
+    current: ClassVar[list["Stream"]] = []
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        assert non_blocking, "one ordered after the default stream breaks captures of others"
+        self.ptr = 1000 + len(Stream.by_ptr)
+        Stream.by_ptr[self.ptr] = self
+        self.line: list[Callable[[], None]] = []
+        self.captured: list[Callable[[], None]] | None = None
+        self.replayed = 0  # graphs launched
+
+    def __enter__(self) -> "Stream":
+        Stream.current.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Stream.current.pop()
+
+    def ask(self, work: Callable[[], None]) -> None:
+        (self.line if self.captured is None else self.captured).append(work)
+
+    def synchronize(self) -> None:
+        assert self.captured is None, "waiting is not allowed in a capture"
+        line, self.line = self.line, []
+        for work in line:
+            work()
+
+    def begin_capture(self) -> None:
+        assert self.captured is None
+        self.captured = []
+
+    def end_capture(self) -> "Graph":
+        assert self.captured is not None
+        work, self.captured = self.captured, None
+        return Graph(work)
+
+
+class Graph:
+    """What a capture made."""
+
+    def __init__(self, work: list[Callable[[], None]]) -> None:
+        self._work = work
+
+    def launch(self, stream: Stream) -> None:
+        stream.replayed += 1
+        for work in self._work:
+            stream.ask(work)
+
+
+def now() -> Stream:
+    """The current stream; there is none by default, since that would be CUDA's default stream."""
+    assert Stream.current, "work on the default stream"
+    return Stream.current[-1]
+
+
+class Array:
+    """Device memory. Only basic indexing gives a view; whatever moves data is put in line."""
+
+    def __init__(self, memory: HostArray) -> None:
+        self.memory = memory
+        self.shape, self.dtype, self.nbytes, self.size = memory.shape, memory.dtype, memory.nbytes, memory.size
+        self.data = SimpleNamespace(ptr=memory.ctypes.data)
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def reshape(self, *shape: Any) -> "Array":
+        return Array(self.memory.reshape(*shape))
+
+    def view(self, dtype: Any) -> "Array":
+        return Array(self.memory.view(dtype))
+
+    def __getitem__(self, key: Any) -> "Array":
+        if not isinstance(key, np.ndarray | list):
+            return Array(self.memory[key])
+        index, source = np.array(key), self.memory
+        made = np.full_like(source[index], 77)
+        now().ask(lambda: np.copyto(made, source[index]))
+        return Array(made)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        assert isinstance(value, Array), "an array of numpy into one of the device"
+        target, source = self.memory[key], value.memory
+        now().ask(lambda: np.copyto(target, source))
+
+    def copy(self) -> "Array":
+        source, made = self.memory, np.full_like(self.memory, 77)
+        now().ask(lambda: np.copyto(made, source))
+        return Array(made)
+
+    def set(self, values: HostArray, stream: Stream) -> None:
+        assert values.shape == self.shape
+        assert values.dtype == self.dtype
+        is_pinned = any(np.shares_memory(values, memory) for memory in PINNED)
+        source = values if is_pinned else values.copy()  # ordinary memory is copied before CUDA returns
+        stream.ask(lambda: np.copyto(self.memory, source))
+
+
+PINNED: list[HostArray] = []
+
+
+def empty_pinned(shape: Any, dtype: Any) -> HostArray:
+    PINNED.append(np.empty(shape, dtype))
+    return PINNED[-1]
+
+
+def zeros(shape: Any, dtype: Any) -> Array:
+    memory = np.full(shape, 77, dtype)
+    now().ask(lambda: memory.fill(0))
+    return Array(memory)
+
+
+def asnumpy(array: Array, stream: Stream) -> HostArray:
+    assert isinstance(array, Array)
+    stream.synchronize()
+    return array.memory.copy()
+
+
+class Module:
+    """The compiled kernels; what is loaded says which build of the source is meant."""
+
+    folder: ClassVar[Path]
+
+    def load(self, cubin: bytes) -> None:
+        network, noise = cubin.decode().split()
+        self._launch = emulate(self.folder, network, noise == "fast")  # type: ignore[arg-type]
+
+    def get_function(self, name: str) -> Callable[..., None]:
+        def call(grid: tuple[int, int], threads: tuple[int], arguments: tuple[Any, ...]) -> None:
+            values = [a.data.ptr if isinstance(a, Array) else a.item() for a in arguments]
+            now().ask(lambda: self._launch(name.encode(), *grid, *threads, *values))
+
+        return call
+
+
+@contextmanager
+def installed(folder: Path, capability: str = "90") -> Iterator[ModuleType]:
+    """Stand in for CuPy; ``folder`` keeps the emulated kernels."""
+    module, cupyx = ModuleType("cupy"), ModuleType("cupyx")
+    device = SimpleNamespace(compute_capability=capability, id=0)
+    Module.folder = folder
+    contents = {
+        "zeros": zeros, "asnumpy": asnumpy, "ndarray": Array,
+        "cuda": SimpleNamespace(
+            Device=lambda: device, Stream=Stream, Module=Module, runtime=SimpleNamespace(CUDARuntimeError=RuntimeError)
+        ),
+    }  # fmt: skip
+    for name, value in contents.items():
+        setattr(module, name, value)
+    cupyx.empty_pinned = empty_pinned  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "cupy", module)
+        patch.setitem(__import__("sys").modules, "cupyx", cupyx)
+        patch.setattr(cuda, "cubin", lambda capability, network, noise: f"{network} {noise}".encode())
+        yield module
+    Stream.by_ptr.clear()
+    PINNED.clear()
