@@ -2,9 +2,9 @@
 # make serve    the same, and go on serving at port 8000 until Ctrl-C
 # make test     install everything, then lint, types and tests
 # make proofs   the full load, abort, reload and fuzzing tests, into docs/results/proofs.json; a quarter of an hour
-# make gpu      on a machine with a GPU: its tests and its benchmark, into docs/results/gpu.json; not run on a GPU yet
+# make gpu      on a machine with a GPU: its tests and benchmarks, into docs/results/gpu.json; not run on a GPU yet
 #
-# All of it happens in the folder .venv. PYTHON=python3.12 chooses another interpreter, ARGS="--port 9000" adds to
+# All of it happens in the folder .venv, gpu in .venv-gpu. PYTHON=python3.12 chooses another interpreter, ARGS="--port 9000" adds to
 # the command of serve, and ARGS="-k kernels" to that of the tests.
 
 PYTHON ?= python3
@@ -29,10 +29,9 @@ test: lint
 proofs: $(VENV)/.everything
 	PROOF_SCALE=1 PROOF_RESULTS=docs/results/proofs.json $(VENV)/bin/python -m pytest tests/test_proofs.py $(ARGS)
 
-gpu: $(VENV)/.everything
-	@$(INSTALL) --editable '.[gpu]'
-	$(VENV)/bin/python -m pytest -m gpu $(ARGS)
-	$(VENV)/bin/python benchmarks/gpu.py --json docs/results/gpu.json
+gpu:
+	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/.gpu
+	.venv-gpu/bin/python benchmarks/gpu.py --json docs/results/gpu.json $(ARGS)
 
 lint: $(VENV)/.everything
 	$(VENV)/bin/ruff check
@@ -54,6 +53,13 @@ $(VENV)/.everything: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing what the tests need into $(VENV); torch is among it, so the first time takes minutes"
 	@$(INSTALL) --editable '.[test]'
 	@touch $@ $(VENV)/.serving
+
+$(VENV)/.gpu: $(VENV)/.everything
+	@echo "Installing what a GPU needs into $(VENV)"
+	@$(INSTALL) --editable '.[gpu]'
+	@$(VENV)/bin/python -m pip uninstall -qq --yes onnxruntime  # the two hold the same files
+	@$(INSTALL) onnxruntime-gpu
+	@touch $@
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "fewstep needs Python 3.11 or newer, and there is no $(PYTHON)"; exit 1; }

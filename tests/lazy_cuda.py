@@ -9,6 +9,8 @@ The kernels are ``cuda.cu`` itself, compiled by g++ and run over the launch's gr
 
 import ctypes
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -125,13 +128,42 @@ def now() -> Stream:
     return Stream.current[-1]
 
 
+class Pointer:
+    """Where device memory begins."""
+
+    def __init__(self, memory: HostArray) -> None:
+        self.ptr, self._memory = memory.ctypes.data, memory
+
+    def copy_from_device_async(self, source: "Pointer", size: int, stream: "Stream") -> None:
+        assert self._memory.nbytes == size
+        stream.ask(lambda: np.copyto(self._memory, source._memory))
+
+
+class Event:
+    """A moment on a stream."""
+
+    def record(self, stream: Stream) -> None:
+        self._stream = stream
+        stream.ask(self._pass)
+
+    def _pass(self) -> None:
+        self.passed_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+def elapsed_ms(start: Event, stop: Event) -> float:
+    return 1000 * (stop.passed_s - start.passed_s)
+
+
 class Array:
     """Device memory. Only basic indexing gives a view; whatever moves data is put in line."""
 
     def __init__(self, memory: HostArray) -> None:
         self.memory = memory
         self.shape, self.dtype, self.nbytes, self.size = memory.shape, memory.dtype, memory.nbytes, memory.size
-        self.data = SimpleNamespace(ptr=memory.ctypes.data)
+        self.data = Pointer(memory)
 
     def __len__(self) -> int:
         return len(self.memory)
@@ -182,6 +214,12 @@ def zeros(shape: Any, dtype: Any) -> Array:
     return Array(memory)
 
 
+def asarray(values: HostArray) -> Array:
+    made = zeros(values.shape, values.dtype)
+    made.set(values, now())
+    return made
+
+
 def asnumpy(array: Array, stream: Stream) -> HostArray:
     assert isinstance(array, Array)
     stream.synchronize()
@@ -205,6 +243,47 @@ class Module:
         return call
 
 
+RealSession = onnxruntime.InferenceSession
+
+
+class CudaSession:
+    """ONNX Runtime with a CUDA provider whose device is the stand-in; asked for the CPU's, it is as ever."""
+
+    def __new__(cls, path: str, options: Any = None, providers: Any = ()) -> Any:
+        return (
+            RealSession(path, options, providers=providers)
+            if "CPUExecutionProvider" in providers
+            else super().__new__(cls)
+        )
+
+    def __init__(self, path: str, options: Any, providers: Any) -> None:
+        ((name, settings),) = providers
+        assert name == "CUDAExecutionProvider"
+        self._stream = Stream.by_ptr[int(settings["user_compute_stream"])]
+        self._session = RealSession(path, options, providers=["CPUExecutionProvider"])
+        self.get_inputs, self.get_outputs = self._session.get_inputs, self._session.get_outputs
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def io_binding(self) -> Any:
+        binding = self._session.io_binding()
+
+        def bind(method: Any) -> Any:
+            def on_host(name: str, device: str, *others: Any) -> None:
+                assert device == "cuda"
+                method(name, "cpu", *others)
+
+            return on_host
+
+        return SimpleNamespace(bind_input=bind(binding.bind_input), bind_output=bind(binding.bind_output), real=binding)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        # What is not turned off would wait for the stream at the end of each call.
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        self._stream.ask(lambda: self._session.run_with_iobinding(binding.real))
+
+
 @contextmanager
 def installed(folder: Path, capability: str = "90") -> Iterator[ModuleType]:
     """Stand in for CuPy; ``folder`` keeps the emulated kernels."""
@@ -212,17 +291,21 @@ def installed(folder: Path, capability: str = "90") -> Iterator[ModuleType]:
     device = SimpleNamespace(compute_capability=capability, id=0)
     Module.folder = folder
     contents = {
-        "zeros": zeros, "asnumpy": asnumpy, "ndarray": Array,
+        "zeros": zeros, "asarray": asarray, "asnumpy": asnumpy, "ndarray": Array,
         "cuda": SimpleNamespace(
-            Device=lambda: device, Stream=Stream, Module=Module, runtime=SimpleNamespace(CUDARuntimeError=RuntimeError)
+            Device=lambda: device, Stream=Stream, Event=Event, get_elapsed_time=elapsed_ms, Module=Module,
+            runtime=SimpleNamespace(
+                CUDARuntimeError=RuntimeError, driverGetVersion=lambda: 13000,
+                getDeviceProperties=lambda device: {"name": b"a stand-in", "totalGlobalMem": 1},
+            ),
         ),
     }  # fmt: skip
     for name, value in contents.items():
         setattr(module, name, value)
     cupyx.empty_pinned = empty_pinned  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "cupy", module)
-        patch.setitem(__import__("sys").modules, "cupyx", cupyx)
+        patch.setitem(sys.modules, "cupy", module)
+        patch.setitem(sys.modules, "cupyx", cupyx)
         patch.setattr(cuda, "cubin", lambda capability, network, noise: f"{network} {noise}".encode())
         yield module
     Stream.by_ptr.clear()

@@ -270,40 +270,6 @@ def test_what_cannot_be_captured_is_started_call_by_call(
     ]
 
 
-RealSession = onnxruntime.InferenceSession
-
-
-class FakeCudaSession:
-    """ONNX Runtime with a CUDA provider, whose device is the stand-in."""
-
-    def __init__(self, path: str, options: Any, providers: Any) -> None:
-        ((name, settings),) = providers
-        assert name == "CUDAExecutionProvider"
-        self._stream = lazy_cuda.Stream.by_ptr[int(settings["user_compute_stream"])]
-        self._session = RealSession(path, options, providers=["CPUExecutionProvider"])
-        self.get_inputs, self.get_outputs = self._session.get_inputs, self._session.get_outputs
-
-    def get_providers(self) -> list[str]:
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-
-    def io_binding(self) -> Any:
-        binding = self._session.io_binding()
-
-        def bind(method: Any) -> Any:
-            def on_host(name: str, device: str, *others: Any) -> None:
-                assert device == "cuda"
-                method(name, "cpu", *others)
-
-            return on_host
-
-        return SimpleNamespace(bind_input=bind(binding.bind_input), bind_output=bind(binding.bind_output), real=binding)
-
-    def run_with_iobinding(self, binding: Any, options: Any) -> None:
-        # What is not turned off would wait for the stream at the end of each call.
-        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
-        self._stream.ask(lambda: self._session.run_with_iobinding(binding.real))
-
-
 @needs_cxx
 @pytest.mark.parametrize("is_guided", [False, True])
 def test_onnx_runtime_gives_the_cpus_bits_on_one_stream(
@@ -312,7 +278,7 @@ def test_onnx_runtime_gives_the_cpus_bits_on_one_stream(
     bundle = guided if is_guided else baked
     requests = requests_of(bundle, is_guided)
     here = Engine(bundle, max_rows=3, threads=1).generate(requests)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", FakeCudaSession)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lazy_cuda.CudaSession)
     engine = Engine(bundle, max_rows=3, backend=OnnxCudaBackend)
     engine.warm_up()
     for one, other in zip(here, engine.generate(requests), strict=True):
