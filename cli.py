@@ -298,6 +298,9 @@ def train(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the run; runs/NAME.")] = None,
     data: Annotated[Path | None, typer.Option(help="The images, if not where the recipe says.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes, one a GPU or CPU core.")] = 1,
+    precision: Annotated[
+        str, typer.Option(help="What the networks that are trained compute in: float32 or bfloat16.")
+    ] = "float32",
 ) -> None:
     """Train a teacher, distil a student, evaluate both. Goes on where it was interrupted."""
     _need_torch("train")
@@ -305,7 +308,7 @@ def train(
     from .training import train as run
 
     loaded = load_recipe(recipe)
-    student = run(loaded, output or Path("runs") / loaded.name, data=data, processes=processes)
+    student = run(loaded, output or Path("runs") / loaded.name, data=data, processes=processes, precision=precision)
     print(f"{student}: done. To serve it: fewstep export {student} -o {loaded.name} && fewstep serve {loaded.name}")
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -176,6 +177,40 @@ def test_another_recipe_is_refused_by_the_difference(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^teacher: the loss of teacher is .* at step \d+; .*lower the learning"):
         train(tiny(learning_rate=1e30, warmup_images=0), tmp_path, until="teacher", quiet=True)
+
+
+def test_what_cannot_be_written_is_named_in_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    """The system lets no file grow past 40 kB: the log is written, the first checkpoint is not."""
+    command = [sys.executable, "-m", "fewstep.cli", "train", recipe_file(tmp_path, TINY), "-o", tmp_path / "out"]
+    process = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
+    )  # fmt: skip
+    state = tmp_path / "out" / "teacher" / "state.safetensors"
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith(f"fewstep: {state}: cannot be written (")
+    assert "Traceback" not in process.stderr
+    assert {file.name for file in state.parent.iterdir()} == {"log.csv"}
+    train(load_recipe(recipe_file(tmp_path, TINY)), tmp_path / "out", until="teacher", quiet=True)
+    assert (tmp_path / "out" / "teacher.safetensors").exists()
+
+
+def test_bfloat16_is_computed_in_and_not_stored(tmp_path: Path) -> None:
+    """Losses are near those of float32 and not the same; weights stay float32; neither goes on with the other's."""
+    train(tiny(), tmp_path / "half", until="teacher", precision="bfloat16", quiet=True)
+    train(tiny(), tmp_path / "full", until="teacher", quiet=True)
+    half, full = (float(losses(tmp_path / run / "teacher" / "log.csv")[-1][2]) for run in ("half", "full"))
+    assert half != full
+    assert half == pytest.approx(full, rel=0.05)
+    weights = load_checkpoint(tmp_path / "half" / "teacher.safetensors").network.state_dict().values()
+    assert {tensor.dtype for tensor in weights} == {torch.float32}
+    (tmp_path / "half" / "teacher.safetensors").unlink()
+    with pytest.raises(
+        TrainingError, match=r"state.safetensors: made in bfloat16, not float32; go on with --precision"
+    ):
+        train(tiny(), tmp_path / "half", until="teacher", quiet=True)
+    with pytest.raises(TrainingError, match=r"^precision = 'bf16' should be one of float32, bfloat16$"):
+        train(tiny(), tmp_path / "half", precision="bf16", quiet=True)
 
 
 @pytest.mark.slow

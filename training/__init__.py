@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+    from .checkpoint import Checkpoint, CheckpointError, WriteError, load_checkpoint, save_checkpoint
     from .denoiser import Denoiser, precondition
     from .images import DataError, Images, load_images
     from .loop import TrainingError
@@ -35,6 +35,7 @@ _HOME = {  # imported when first asked for, so that fitting a table loads no tor
     "RecipeError": "recipe",
     "TrainingError": "loop",
     "UNet": "network",
+    "WriteError": "checkpoint",
     "load_checkpoint": "checkpoint",
     "load_images": "images",
     "load_recipe": "recipe",
@@ -56,6 +57,7 @@ __all__ = [
     "RecipeError",
     "TrainingError",
     "UNet",
+    "WriteError",
     "load_checkpoint",
     "load_images",
     "load_recipe",

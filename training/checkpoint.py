@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ FORMAT = "fewstep-checkpoint-1"
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file and the reason."""
+
+
+class WriteError(OSError):
+    """A file cannot be written; the message names the file and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +104,18 @@ def _config(about: dict[str, Any]) -> NetworkConfig:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write tensors and JSON metadata to ``path``, atomically."""
+    """Write tensors and JSON metadata to ``path``, atomically: if it fails, what was there before still is."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(save(plain, metadata={key: json.dumps(value) for key, value in about.items()}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(save(plain, metadata={key: json.dumps(value) for key, value in about.items()}))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # else the rename itself may be lost with the power
@@ -114,6 +123,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
         pass  # a file system that cannot sync folders
     finally:
         os.close(folder)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Put the file's name into what goes wrong with it; the error of a full disk has none."""
+    try:
+        yield
+    except OSError as error:
+        kept = "what was written before is kept: make room and run the same command again"
+        raise WriteError(f"{path}: cannot be written ({error.strerror or error}); {kept}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,6 +12,10 @@ both the target and the latent's next state, so a step costs one teacher call. X
 
 A pool is what a server of few-step samples holds: each row carries its own row of the teacher's table. A row
 that is finished starts again from noise, with a new class.
+
+Of a teacher with a learned variance the mean is taken. The paper's second term, a KL divergence, trains the student's
+variance and nothing else, since its gradient is stopped at the mean; a table's noise is one number a row, so nothing
+here would read that variance, and the term is left out. The pool's own noise is the posterior's.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .checkpoint import like, read_tensors, write_tensors
+from .checkpoint import like, read_tensors, write_tensors, writing
 from .images import Images, to_float
 from .recipe import Recipe
 
@@ -133,6 +133,7 @@ def train_plan(
 
     Raises:
         TrainingError: a loss is not finite, or the checkpoint is of another recipe.
+        WriteError: the disk is full, or the folder may not be written.
     """
     if plan.batch % accelerator.num_processes:
         raise TrainingError(
@@ -181,8 +182,9 @@ def train_plan(
             if done % every == 0 or done == plan.steps:
                 state.save(path, recipe, done)
                 if main:
-                    with state.averaged() as network:
-                        show(network, folder / f"samples-{done * plan.batch:08d}.png")
+                    grid = folder / f"samples-{done * plan.batch:08d}.png"
+                    with state.averaged() as network, writing(grid):
+                        show(network, grid)
                 accelerator.wait_for_everyone()
                 saved, clock = done, time.perf_counter()
     return state.ema
@@ -194,6 +196,7 @@ class State:
     def __init__(self, plan: Plan, accelerator: Accelerator) -> None:
         self.plan = plan
         self.accelerator = accelerator
+        self.precision = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
         self.networks = {turn.name: accelerator.unwrap_model(turn.network) for turn in plan.turns}
         self.optimizers = {
             turn.name: torch.optim.Adam(
@@ -265,8 +268,13 @@ class State:
                     tensors[f"{turn}.{key}.{name}"] = value
         tensors |= {f"memory.{name}": tensor for name, tensor in gathered.items()}
         write_tensors(
-            path, tensors, {"plan": self.plan.name, "step": step, "recipe": recipe.text, "recipe_hash": recipe.hash}
-        )
+            path,
+            tensors,
+            {
+                "plan": self.plan.name, "step": step, "recipe": recipe.text, "recipe_hash": recipe.hash,
+                "precision": self.precision,
+            },
+        )  # fmt: skip
 
     def load(self, path: Path, recipe: Recipe) -> int:
         """Read what `save` wrote and return its step."""
@@ -275,6 +283,11 @@ class State:
         if differences:
             raise TrainingError(
                 f"{path}: made by another recipe ({'; '.join(differences[:3])}); use another folder or that recipe"
+            )
+        precision = about.get("precision", "float32")
+        if precision != self.precision:
+            raise TrainingError(
+                f"{path}: made in {precision}, not {self.precision}; go on with --precision {precision}"
             )
         for name, place in self.plan.memory.items():
             theirs = tensors[f"memory.{name}"]
@@ -325,7 +338,7 @@ class Log:
     def write(self, step: int, images: int, row: Mapping[str, float], rate: float, speed: float) -> None:
         """Append one row."""
         values = {"step": step, "images": images, **row, "rate": rate, "images_per_second": round(speed, 1)}
-        with self.path.open("a", newline="") as file:
+        with writing(self.path), self.path.open("a", newline="") as file:
             writer = csv.writer(file)
             if file.tell() == 0:
                 writer.writerow(values)

@@ -1,6 +1,5 @@
 """A run: teacher, student, evaluation, each taken up where the folder shows it was left.
 
-    out/recipe.json            every setting, defaults included
     out/teacher/  student/     state.safetensors to resume from, log.csv, sample grids
     out/teacher.safetensors    the finished networks; `load_checkpoint` reads them, export wants the student
     out/student.safetensors    (of a method of several stages, ``student-...`` are those before the last)
@@ -9,7 +8,8 @@
 
 Devices and processes are Accelerate's: under ``accelerate launch`` its processes are used, else
 ``processes`` are started here. On a CPU each keeps to one thread: two threads that contend for a core are
-slower than one.
+slower than one. In bfloat16, Accelerate casts inside the networks that are trained; weights, averages and
+losses stay in float32.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from ..runtime.schedules import karras
 from ..runtime.solvers import SOLVERS
 from ..runtime.tableau import Tableau
 from .architectures import AnyNetwork, build_network, conditions_of, configure, denoiser_of
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, WriteError, load_checkpoint, save_checkpoint
 from .denoiser import Denoiser
 from .diffusers_teacher import DiffusersError, load_network
 from .distillation import Distillation, Stage
@@ -48,6 +49,7 @@ from .sampling import sample, save_grid, ve_levels
 from .teacher import teacher_plan
 
 Part = Literal["teacher", "student", "evaluation"]
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}  # by Accelerate's names
 PARTS: tuple[Part, ...] = ("teacher", "student", "evaluation")
 
 
@@ -57,6 +59,7 @@ def train(
     *,
     data: str | Path | None = None,
     processes: int = 1,
+    precision: str = "float32",
     until: Part = "evaluation",
     quiet: bool = False,
 ) -> Path:
@@ -70,6 +73,7 @@ def train(
         out: the run's folder.
         data: where the images are, if not where the recipe says.
         processes: processes to start, one a GPU or CPU core. The result depends on their number.
+        precision: ``float32`` or ``bfloat16``, what the networks that are trained compute in. Weights are float32.
         until: last stage to do.
         quiet: print nothing.
 
@@ -80,24 +84,28 @@ def train(
         DataError: the images cannot be used.
         RecipeError: the recipe does not suit the images.
         TrainingError: a loss is not finite, or ``out`` belongs to another recipe.
+        WriteError: a file of ``out`` cannot be written, for one because the disk is full.
     """
+    if precision not in MIXED_PRECISION:
+        raise TrainingError(f"precision = {precision!r} should be one of {', '.join(MIXED_PRECISION)}")
     out = Path(out)
     images = read_data(recipe, data)  # before any process starts, so that an error is one line
     out.mkdir(parents=True, exist_ok=True)
     if processes == 1 or "RANK" in os.environ:
-        _work(0, recipe, out, images, until, quiet)
+        _work(0, recipe, out, images, precision, until, quiet)
     else:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         try:
             spawn(  # type: ignore[no-untyped-call]
-                _process, args=(processes, port, recipe, out, data, until, quiet), nprocs=processes
+                _process, args=(processes, port, recipe, out, data, precision, until, quiet), nprocs=processes
             )
         except ProcessRaisedException as error:
-            _, found, message = str(error).rpartition("TrainingError: ")
-            if found:
-                raise TrainingError(message.strip()) from None
+            for kind in (TrainingError, WriteError):
+                _, found, message = str(error).rpartition(f"{kind.__name__}: ")
+                if found:
+                    raise kind(message.strip()) from None
             raise
     return out / "student.safetensors"
 
@@ -142,22 +150,31 @@ def network_config(recipe: Recipe, images: Images) -> NetworkConfig:
 
 
 def _process(
-    rank: int, count: int, port: int, recipe: Recipe, out: Path, data: str | Path | None, until: Part, quiet: bool
+    rank: int,
+    count: int,
+    port: int,
+    recipe: Recipe,
+    out: Path,
+    data: str | Path | None,
+    precision: str,
+    until: Part,
+    quiet: bool,
 ) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    _work(rank, recipe, out, read_data(recipe, data), until, quiet)
+    _work(rank, recipe, out, read_data(recipe, data), precision, until, quiet)
     torch.distributed.destroy_process_group()
 
 
-def _work(rank: int, recipe: Recipe, out: Path, images: Images, until: Part, quiet: bool) -> None:
+def _work(rank: int, recipe: Recipe, out: Path, images: Images, precision: str, until: Part, quiet: bool) -> None:
     cpu = not torch.cuda.is_available()
     if cpu:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-    accelerator = Accelerator(cpu=cpu)
+    AcceleratorState._reset_state()  # type: ignore[no-untyped-call]  # else a process is held to its first precision
+    accelerator = Accelerator(cpu=cpu, mixed_precision=MIXED_PRECISION[precision])
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process)
     run = Run(recipe, out, images, accelerator, console)
     last = PARTS.index(until)
