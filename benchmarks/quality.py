@@ -585,9 +585,9 @@ def targets(results: Cell) -> list[Cell]:
             own < made,
         )  # fmt: skip
     if "fashion-mnist-mm4" in fashion:
-        many = distance(results["fashion_teacher"]["arms"][FASHION_MANY])
+        guided = distance(results["fashion_teacher"]["arms"][FASHION_MANY])
         own = distance(fashion["fashion-mnist-mm4"]["arms"]["student ddim 4"])
-        add(FASHION, f"{own:.1f} (ddim) against {many:.1f}", own <= many)
+        add(FASHION, f"{own:.1f} (ddim) against {guided:.1f}", own <= guided)
     return found
 
 

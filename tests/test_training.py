@@ -181,7 +181,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path: Path) -> 
 
 def test_what_cannot_be_written_is_named_in_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
     """The system lets no file grow past 40 kB: the log is written, the first checkpoint is not."""
-    command = [sys.executable, "-m", "fewstep.cli", "train", recipe_file(tmp_path, TINY), "-o", tmp_path / "out"]
+    recipe, out = str(recipe_file(tmp_path, TINY)), str(tmp_path / "out")
+    command = [sys.executable, "-m", "fewstep.cli", "train", recipe, "-o", out]
     process = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),

@@ -173,7 +173,7 @@ def _work(rank: int, recipe: Recipe, out: Path, images: Images, precision: str, 
     if cpu:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-    AcceleratorState._reset_state()  # type: ignore[no-untyped-call]  # else a process is held to its first precision
+    AcceleratorState._reset_state()  # else a process is held to its first precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=MIXED_PRECISION[precision])
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process)
     run = Run(recipe, out, images, accelerator, console)
