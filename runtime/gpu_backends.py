@@ -39,7 +39,7 @@ class OnnxCudaBackend:
         self.device = gpu()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        if hasattr(onnxruntime, "preload_dlls"):  # CUDA's libraries from pip's packages; it looks for no others by itself
+        if hasattr(onnxruntime, "preload_dlls"):  # CUDA's libraries from pip's packages
             onnxruntime.preload_dlls()
         stream = {"user_compute_stream": str(self.device.stream.ptr)}
         providers = [("CUDAExecutionProvider", stream)]
