@@ -51,14 +51,16 @@ def app(arguments: Arguments) -> serve.Application:
     flags = {"bundles": tuple(arguments.bundles.split(",")) if arguments.bundles else None}
     settings = Settings.load(arguments.config, {**flags, "threads": arguments.threads, "grpc": False})
 
-    def front() -> Any:
+    def replica() -> Any:
         """Made in the replica: the whole server, without uvicorn."""
-        from ..server.front import create_front
+        from ..server.app import create_app
+        from ..server.gate import gated
         from ..server.logs import set_up_logs
         from ..server.service import Service
 
         set_up_logs(settings.log_format, settings.log_level, settings.access_log)
-        return create_front(Service(settings))
+        service = Service(settings)
+        return gated(create_app(service), service)
 
     # A replica runs max_rows samples at once; with half as many in line its slots never wait for a request.
     full = max(2, settings.max_rows * 3 // 2)
@@ -78,7 +80,7 @@ def app(arguments: Arguments) -> serve.Application:
         health_check_period_s=2,
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
     )
-    deployment: Any = decorate(serve.ingress(front)())
+    deployment: Any = decorate(serve.ingress(replica)())
     application: serve.Application = deployment.bind()
     return application
 

@@ -38,11 +38,24 @@ def _png(pixels: Pixels) -> bytes:
     lines = np.zeros((height, 1 + width * channels), np.uint8)  # each line begins with its filter, none
     lines[:, 1:] = pixels.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.data, 1 if lines.size > _STORED else 0)), (b"IEND", b""))
-    parts = [b"\x89PNG\r\n\x1a\n"]
-    for kind, data in chunks:
-        parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))]
-    return b"".join(parts)
+    data = _stored(lines.tobytes()) if lines.size <= _STORED else zlib.compress(lines.data, 1)
+    return b"".join((b"\x89PNG\r\n\x1a\n", *_chunk(b"IHDR", header), *_chunk(b"IDAT", data), *_chunk(b"IEND", b"")))
+
+
+def _chunk(kind: bytes, data: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    return struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+def _stored(data: bytes) -> bytes:
+    """A zlib stream of one stored block (RFC 1950, RFC 1951): what ``zlib.compress(data, 0)`` gives."""
+    return b"".join(
+        (
+            b"\x78\x01\x01",
+            struct.pack("<HH", len(data), len(data) ^ 0xFFFF),
+            data,
+            struct.pack(">I", zlib.adler32(data)),
+        )
+    )
 
 
 def grid(rows: Sequence[Sequence[Pixels]], labels: Sequence[str] = (), scale: int = 2) -> Image.Image:

@@ -64,12 +64,15 @@ class Sample:
         return to_uint8(self.pixels)
 
 
+# float32 already, since to convert a number takes longer than to scale a small image by it
+_SCALE, _SHIFT, _LOWEST, _HIGHEST = np.float32(127.5), np.float32(128), np.float32(0), np.float32(255)
+
+
 def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     """``[channels, height, width]`` as ``[height, width, channels]``, -1 to 0 and 1 to 255, rounded to nearest."""
-    scaled = pixels * np.float32(127.5)
-    scaled += np.float32(128.0)
-    np.maximum(scaled, 0, out=scaled)  # twice as fast as np.clip, which counts at the size of these images
-    np.minimum(scaled, 255, out=scaled)
+    scaled = pixels * _SCALE
+    scaled += _SHIFT
+    scaled.clip(_LOWEST, _HIGHEST, out=scaled)
     return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
 
 

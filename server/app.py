@@ -55,7 +55,7 @@ def create_app(service: Service) -> FastAPI:
     async def images(request: Request) -> Response:
         return await generate_images(request, service)
 
-    # A plain route, since the body is checked by hand; `front` takes it from here and matches it first.
+    # A plain route, since the body is checked by hand. What is simple about it never comes here; see `connection`.
     app.add_route(IMAGES, images, methods=["POST"])
     add_routes(app, service)  # before /v2/models/{model}/...
     app.openapi = lambda: document_of(app)  # type: ignore[method-assign]

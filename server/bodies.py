@@ -74,14 +74,6 @@ def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
     return whole
 
 
-class Json(Response):
-    """An answer that is JSON already; without Starlette's own preparations, which cost more than the sending."""
-
-    def __init__(self, body: bytes) -> None:
-        self.status_code, self.body, self.background = 200, body, None
-        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
-
-
 class EventStream(Response):
     """Server-sent events, written as they come. A client that leaves closes the iterator, and so cancels the work."""
 

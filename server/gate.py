@@ -1,7 +1,7 @@
 """The gate: what every request passes before a door, whichever protocol it speaks.
 
-It finds out who calls, gives the request an id, and writes a line about it when it is over. `HttpGate` stands before
-the application and an interceptor before the gRPC service; what is open to whom is said here for both.
+It finds out who calls, gives the request an id, and writes a line about it when it is over. `gated` puts it before
+the application, and an interceptor stands before the gRPC service; what is open to whom is said here for both.
 
     open       the page, the documentation, health
     admin      loading and unloading of students and tables, and whatever is not listed
@@ -13,8 +13,10 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
@@ -22,6 +24,9 @@ from .keys import ANYBODY, CALLER, Caller, Keys
 from .service import Service
 
 access = logging.getLogger("fewstep.access")
+
+# what scripts of other pages may read
+EXPOSED_HEADERS = ["x-request-id", "retry-after", "retry-after-ms", "x-should-retry", "inference-header-content-length"]
 
 _OPEN = re.compile(r"/|/docs|/openapi\.json|/v2/health/(live|ready)")
 _FOR_ALL = re.compile(
@@ -42,56 +47,94 @@ def request_id(given: str) -> str:
     return given if _GIVEN_ID.fullmatch(given) else f"{_PREFIX}-{next(_numbers)}"
 
 
-class HttpGate:
-    """In front of the application.
+@dataclass(slots=True)
+class Visit:
+    """A request on its way through."""
+
+    what: str  # method and path
+    request_id: str
+    start_s: float
+    caller: Caller = ANYBODY
+
+    @property
+    def header(self) -> tuple[bytes, bytes]:
+        """What every answer has."""
+        return b"x-request-id", self.request_id.encode("latin-1")
+
+    def log(self, status: int | str) -> None:
+        """Write the line about it; it is over."""
+        log_access(self.what, status, self.start_s, self.request_id, self.caller)
+
+
+class Gate:
+    """What is asked of each HTTP request.
 
     Args:
-        app: what answers.
         service: for its keys and settings.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._keys = app, service.keys
-        self._traces = service.traces
-        self._is_logging = service.settings.access_log
+    def __init__(self, service: Service) -> None:
+        self._keys = service.keys
+        self.is_logging = service.settings.access_log
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start_s = time.perf_counter()
+    def visit(self, scope: Scope) -> Visit:
+        """A request arrives."""
         given = b""
         for name, value in scope["headers"]:
             if name == b"x-request-id":
                 given = value
-        name = request_id(given.decode("latin-1"))
-        header = (b"x-request-id", name.encode("latin-1"))
+        what = f"{scope['method']} {scope['path']}"
+        return Visit(what, request_id(given.decode("latin-1")), time.perf_counter())
+
+    def admit(self, visit: Visit, scope: Scope) -> None:
+        """Find out who calls.
+
+        Raises:
+            ApiError: nobody who may.
+        """
+        if self._keys:
+            visit.caller = _caller(self._keys, scope)
+
+
+def gated(app: ASGIApp, service: Service) -> ASGIApp:
+    """The application behind the gate, and pages of other origins where they are let in."""
+    gate, traces = Gate(service), service.traces
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        visit = gate.visit(scope)
         status = 0
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], header]}
+                message = {**message, "headers": [*message["headers"], visit.header]}
             await send(message)
 
-        caller = ANYBODY
         try:
-            if self._keys:
-                caller = _caller(self._keys, scope)
-                CALLER.set(caller)
-            if self._traces is None:
-                await self._app(scope, receive, answer)
+            gate.admit(visit, scope)
+            CALLER.set(visit.caller)
+            if traces is None:
+                await app(scope, receive, answer)
             else:
-                with self._traces.request(f"{scope['method']} {scope['path']}", _headers(scope), name) as tell:
-                    await self._app(scope, receive, answer)
+                with traces.request(visit.what, _headers(scope), visit.request_id) as tell:
+                    await app(scope, receive, answer)
                     tell(status)
         except ApiError as error:
             await error.response(is_plain=scope["path"].startswith("/v2"))(scope, receive, answer)
         finally:
-            if self._is_logging:
-                log_access(f"{scope['method']} {scope['path']}", status, start_s, name, caller)
+            if gate.is_logging:
+                visit.log(status)
+
+    origins = list(service.settings.cors_origins)
+    if not origins:
+        return guarded
+    return CORSMiddleware(
+        guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+    )
 
 
 def _caller(keys: Keys, scope: Scope) -> Caller:

@@ -75,13 +75,13 @@ async def make(service: Service, engine: Engine, requests: Sequence[Request], an
     Raises:
         ApiError: a request was refused or failed; the others of this call are cancelled.
     """
-    return await answered(service, engine, submit(service, engine, requests), answer)
+    return await outcome(service, engine, submit(service, engine, requests), answer)
 
 
-async def answered(
+def outcome(
     service: Service, engine: Engine, futures: Sequence[Future[Sample]], answer: Callable[[list[Sample]], T]
-) -> T:
-    """The second half of `make`, for futures from `submit`."""
+) -> "asyncio.Future[T]":
+    """The second half of `make`, for futures from `submit`: what is awaited. Cancelling it cancels the requests."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
     if service.traces:
@@ -102,13 +102,14 @@ async def answered(
         elif is_last:
             service.encoders.submit(done, lambda: answer([future.result() for future in futures]))
 
+    def give_up(done: "asyncio.Future[T]") -> None:
+        if done.cancelled() or done.exception():
+            _cancel(futures)
+
     for future in futures:
         future.add_done_callback(on_end)
-    try:
-        return await done
-    except BaseException:
-        _cancel(futures)
-        raise
+    done.add_done_callback(give_up)
+    return done
 
 
 def follow(

@@ -4,16 +4,17 @@ Fields OpenAI has and we add nothing to (``quality``, ``user``, ...) are accepte
 knows is refused by name, since a misspelt ``seed`` would otherwise be silently random.
 """
 
+import asyncio
 import base64
 import difflib
 import json
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -24,9 +25,9 @@ from pydantic_core import to_json
 from ..runtime import Engine, Preview, Request, Sample
 from ..runtime.call import deadline_after, refuse_too_many, request_of, some_seed
 from ..runtime.pictures import ImageFormat, encode
-from .bodies import EventStream, Json, read_body
+from .bodies import EventStream, read_body
 from .errors import ApiError, refusals
-from .generation import answered, engine_of, evenly, follow, image_limit, make, submit, unless_gone
+from .generation import engine_of, evenly, follow, image_limit, outcome, submit, unless_gone
 from .service import Service
 
 _NAMES = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -102,6 +103,14 @@ class ImageResponse(BaseModel):
     timings: Timings
 
 
+class Started(NamedTuple):
+    """The work of a request that was accepted."""
+
+    engine: Engine
+    futures: list[Future[Sample]]
+    body: "asyncio.Future[bytes]"  # of the answer; it fails with `ApiError`, and cancelling it cancels the work
+
+
 async def generate_images(http: HttpRequest, service: Service) -> Response:
     """Answer one generation request.
 
@@ -110,18 +119,33 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
         ClientGone: nobody waits for the answer.
     """
     arrived_s = time.perf_counter()
-    asked = _parse(await read_body(http, service.settings))
+    asked = parse(await read_body(http, service.settings))
     try:
+        if not asked.stream:
+            work = start(service, asked, arrived_s).body
+            return Response(await unless_gone(http.receive, work), media_type="application/json")
         engine = engine_of(service, asked.model)
-        requests = _requests(service, engine, asked)
-        if asked.stream:
-            images = follow(service, engine, requests, evenly(asked.partial_images or 0))
-            return EventStream(_events(service, engine, asked, images))
-        answer = partial(_answer, engine, asked, arrived_s)
-        body = await unless_gone(http.receive, make(service, engine, requests, answer))
+        images = follow(service, engine, _requests(service, engine, asked), evenly(asked.partial_images or 0))
+        return EventStream(_events(service, engine, asked, images))
     except ApiError as error:
-        raise error.renamed(_NAMES) from None
-    return Json(body)
+        raise in_openai_words(error) from None
+
+
+def start(service: Service, asked: ImageRequest, arrived_s: float) -> Started:
+    """Begin what a request asks for, whatever becomes of the answer.
+
+    Raises:
+        ApiError: it was refused; nothing of it was kept.
+    """
+    engine = engine_of(service, asked.model)
+    futures = submit(service, engine, _requests(service, engine, asked))
+    answer = partial(_answer, engine, asked, arrived_s)
+    return Started(engine, futures, outcome(service, engine, futures, answer))
+
+
+def in_openai_words(error: ApiError) -> ApiError:
+    """An error with this protocol's names of the fields."""
+    return error.renamed(_NAMES)
 
 
 async def start_job(http: HttpRequest, service: Service, name: str | None) -> Response:
@@ -132,24 +156,22 @@ async def start_job(http: HttpRequest, service: Service, name: str | None) -> Re
     """
     arrived_s = time.perf_counter()
     body = await read_body(http, service.settings)
-    asked = _parse(body)
+    asked = parse(body)
     if asked.stream:
         raise ApiError(400, "stream: a job is not streamed; leave it out", param="stream")
-
-    def begin() -> tuple[Engine, list[Future[Sample]], Coroutine[Any, Any, bytes]]:
-        engine = engine_of(service, asked.model)
-        futures = submit(service, engine, _requests(service, engine, asked))
-        answer = partial(_answer, engine, asked, arrived_s)
-        return engine, futures, answered(service, engine, futures, answer)
-
     try:
-        job, is_new = service.jobs.start(body, name, begin)
+        job, is_new = service.jobs.start(body, name, lambda: start(service, asked, arrived_s))
     except ApiError as error:
-        raise error.renamed(_NAMES) from None
+        raise in_openai_words(error) from None
     return JSONResponse(job.describe(), 202 if is_new else 200, {"Location": f"/v1/jobs/{job.id}"})
 
 
-def _parse(body: bytes) -> ImageRequest:
+def parse(body: bytes) -> ImageRequest:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is none.
+    """
     try:
         return ImageRequest.model_validate_json(body)
     except ValidationError as error:
@@ -225,7 +247,7 @@ async def _events(
                 shown[i] += 1
                 yield body
         except ApiError as error:
-            yield b"data: " + json.dumps({"type": "error", **error.renamed(_NAMES).body()}).encode() + b"\n\n"
+            yield b"data: " + json.dumps({"type": "error", **in_openai_words(error).body()}).encode() + b"\n\n"
 
 
 def _event(engine: Engine, asked: ImageRequest, i: int, image: Preview | Sample, number: int) -> bytes:

@@ -26,6 +26,8 @@ from .errors import ApiError
 from .keys import CALLER
 from .settings import Settings
 
+Begun = tuple[Engine, list[Future[Sample]], "asyncio.Future[bytes]"]  # whose it is, its samples, and its answer
+
 _NAME = re.compile(r"[A-Za-z0-9._~-]{1,64}")
 
 
@@ -38,17 +40,17 @@ class Job:
     asked_sha256: str
     engine: Engine
     futures: list[Future[Sample]]
+    body: "asyncio.Future[bytes]"  # of the image route's answer
     created_s: float = field(default_factory=time.time)
-    task: "asyncio.Task[bytes] | None" = None
     ended_s: float | None = None
 
     @property
     def status(self) -> str:
         """``queued``, ``running``, ``completed``, ``failed`` or ``cancelled``."""
-        if self.task is not None and self.task.done():
-            if self.task.cancelled():
+        if self.body.done():
+            if self.body.cancelled():
                 return "cancelled"
-            return "failed" if self.task.exception() else "completed"
+            return "failed" if self.body.exception() else "completed"
         return "queued" if self.place is not None else "running"
 
     @property
@@ -69,10 +71,10 @@ class Job:
             "queue_position": place if status == "queued" else None,
             "poll_url": f"/v1/jobs/{self.id}",
         }
-        if is_whole and self.task is not None and status == "completed":
-            said["result"] = json.loads(self.task.result())
-        elif is_whole and self.task is not None and status == "failed":
-            error = self.task.exception()
+        if is_whole and status == "completed":
+            said["result"] = json.loads(self.body.result())
+        elif is_whole and status == "failed":
+            error = self.body.exception()
             known = error if isinstance(error, ApiError) else ApiError(500, "the job failed; the log says why")
             said |= known.body()
         return said
@@ -89,15 +91,13 @@ class Jobs:
         self._max, self._ttl_s = settings.max_jobs, settings.job_ttl_s
         self._jobs: dict[tuple[str, str], Job] = {}  # by caller and id, the oldest first
 
-    def start(
-        self, body: bytes, name: str | None, begin: Callable[[], tuple[Engine, list[Future[Sample]], Any]]
-    ) -> tuple[Job, bool]:
+    def start(self, body: bytes, name: str | None, begin: Callable[[], Begun]) -> tuple[Job, bool]:
         """Begin a job, or find the one that this name and body began.
 
         Args:
             body: what was asked for.
             name: the caller's name for it; None for a new one.
-            begin: submits it; gives the engine, the futures and the coroutine of the answer.
+            begin: submits it.
 
         Returns:
             The job, and whether it is new.
@@ -119,9 +119,8 @@ class Jobs:
         engine, futures, answer = begin()
         if over:
             del self._jobs[over]
-        job = Job(name or secrets.token_hex(12), caller, sha256, engine, futures)
-        job.task = asyncio.ensure_future(answer)
-        job.task.add_done_callback(lambda task: _end(job, task))
+        job = Job(name or secrets.token_hex(12), caller, sha256, engine, futures, answer)
+        answer.add_done_callback(lambda _: _end(job))
         self._jobs[caller, job.id] = job
         return job, True
 
@@ -149,12 +148,9 @@ class Jobs:
             ApiError: there is none, or it is over.
         """
         job = self.find(name)
-        assert job.task is not None
-        if job.task.done():
+        if job.body.done():
             raise ApiError(409, f"id: the job {job.status} already", param="id", code="job_over")
-        for future in job.futures:
-            future.cancel()
-        job.task.cancel()
+        job.body.cancel()
         return job
 
     def _forget_old(self) -> None:
@@ -173,7 +169,7 @@ class Jobs:
         return over
 
 
-def _end(job: Job, task: "asyncio.Task[bytes]") -> None:
+def _end(job: Job) -> None:
     job.ended_s = time.time()
-    if not task.cancelled():
-        task.exception()  # it is told to whoever asks; nobody else waits for it
+    if not job.body.cancelled():
+        job.body.exception()  # it is told to whoever asks; nobody else waits for it

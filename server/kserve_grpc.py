@@ -94,7 +94,7 @@ class GrpcServer:
 
 
 class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are untyped
-    """What `HttpGate` is to HTTP; both keep to the rules in `gate`."""
+    """What `gated` is to HTTP; both keep to the rules in `gate`."""
 
     def __init__(self, service: Service) -> None:
         self._keys = service.keys

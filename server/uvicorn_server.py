@@ -9,11 +9,13 @@ import socket
 import ssl
 import time
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from .front import create_front
+from .app import create_app
+from .connection import Connection, connection_to
+from .gate import gated
 from .logs import set_up_logs
 from .service import Service
 from .settings import Settings, SettingsError
@@ -28,7 +30,6 @@ class _DrainingServer(uvicorn.Server):
         self._service = service
         self._where = where
         self._grpc = grpc
-        self._between: dict[Any, tuple[Any, float]] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -44,21 +45,10 @@ class _DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:  # once a second
-            self._close_slow(time.monotonic())
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.look_after(time.monotonic())
         return await super().on_tick(counter)
-
-    def _close_slow(self, now_s: float) -> None:
-        """Close connections on which a request does not get as far as its body; uvicorn would wait for ever."""
-        between: dict[Any, tuple[Any, float]] = {}  # by connection: the request before, and since when
-        for connection in self.server_state.connections:
-            before = getattr(connection, "cycle", None)
-            if before is None or before.response_complete:
-                known, since_s = self._between.get(connection, (None, now_s))
-                between[connection] = before, since_s if known is before else now_s
-        for connection, (_, since_s) in between.items():
-            if now_s - since_s > self._service.settings.request_timeout_s:
-                connection.transport.close()
-        self._between = between
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._grpc is not None:
@@ -82,7 +72,8 @@ def serve(settings: Settings) -> None:
     _refuse_bad_tls(settings)
     service = Service(settings)
     config = uvicorn.Config(
-        create_front(service),
+        gated(create_app(service), service),
+        http=connection_to(service),
         host=settings.host,
         port=settings.port,
         access_log=False,  # the gate writes it

@@ -21,7 +21,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from fewstep.server import Service, Settings, SettingsError
-from fewstep.server.front import create_front
+from fewstep.server.app import create_app
+from fewstep.server.gate import gated
 from fewstep.server.keys import hashed
 from fewstep.server.kserve_grpc import GrpcServer
 from fewstep.server.traces import Traces
@@ -134,7 +135,8 @@ def test_old_jobs_make_room_and_running_ones_do_not(address: Address) -> None:
 def test_jobs_belong_to_their_caller_and_end_with_their_time(make_bundle: Callable[..., Path]) -> None:
     keys = {name: {"sha256": hashed(name)} for name in ("ann", "bob")}
     settings = Settings.load(None, {"bundles": (str(make_bundle()),), "api_keys": keys, "threads": 1, "job_ttl_s": 0.5})
-    with TestClient(create_front(Service(settings))) as client:
+    service = Service(settings)
+    with TestClient(gated(create_app(service), service)) as client:
         ann, bob = ({"X-API-Key": name} for name in ("ann", "bob"))
         assert client.put("/v1/jobs/same", json={"prompt": "1"}, headers=ann).status_code == 202
         assert client.get("/v1/jobs/same", headers=bob).status_code == 404
@@ -208,7 +210,7 @@ def test_a_request_is_a_trace_of_its_line_steps_and_encoding(make_bundle: Callab
     exporter = InMemorySpanExporter()
     service = Service(Settings(bundles=(str(make_bundle()),), threads=1))
     service.traces = Traces(exporter=exporter)
-    with TestClient(create_front(service)) as client:
+    with TestClient(gated(create_app(service), service)) as client:
         begun_ns = time.time_ns()
         told = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
         body = {"prompt": "1", "n": 2, "solver": "ddim", "num_inference_steps": 3}

@@ -1,0 +1,173 @@
+"""The connection: uvicorn's, with a short way for the route that carries the load.
+
+An image request that is there body and all, and whose answer is one piece, needs none of what ASGI is for: no task, no
+messages, no event for a client that leaves. It is read, admitted and put in line here, and its answer is one write.
+All else goes through the application: other routes, streams, packed or slow bodies, servers that trace or let other
+origins in. Both ways share `images.parse`, `images.start` and the `Gate`, so they differ in nothing that a client sees.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from .errors import ApiError, crashed
+from .gate import Gate, Visit
+from .images import in_openai_words, parse, start
+from .keys import CALLER
+from .openapi import IMAGES
+from .service import Service
+
+LARGE = 65536  # bytes of a body from which on uvicorn wants the application to read it piece by piece
+
+log = logging.getLogger("fewstep")
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection. `connection_to` makes the class for a server."""
+
+    service: Service
+    gate: Gate
+    _arriving: tuple[RequestResponseCycle, Any] | None = None  # what may go the short way once its body is there
+    _work: "asyncio.Future[bytes] | None" = None  # what is being made on the short way
+    _last: tuple[RequestResponseCycle | None, float] | None = None  # request that was over at some look, and when
+
+    def look_after(self, now_s: float) -> None:
+        """Once a second: a slow body goes the long way, which has its limits; a silent connection is closed.
+
+        So no request needs a timer. uvicorn has one that closes silent connections after an answer, and none for
+        those on which a request does not get as far as its body.
+        """
+        if self._arriving is not None:
+            self._take_long_way()
+        elif self.cycle is None or self.cycle.response_complete:
+            if self._last is None or self._last[0] is not self.cycle:
+                self._last = self.cycle, now_s
+            elif now_s - self._last[1] > self.service.settings.request_timeout_s:
+                self.transport.close()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn; without its timer."""
+        if self.pipeline:
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self.flow.resume_reading()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        scope = cycle.scope
+        if scope["path"] != IMAGES or scope["method"] != "POST" or self.service.traces or _is_unusual(cycle):
+            super()._start_asgi_task(cycle, app)
+            return
+        self._arriving = cycle, app
+        if not cycle.more_body:  # it was pipelined, and all there
+            self._take_short_way()
+
+    def on_message_complete(self) -> None:
+        """See uvicorn."""
+        super().on_message_complete()
+        if self._arriving is not None and self._arriving[0] is self.cycle:
+            self._take_short_way()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """See uvicorn."""
+        super().connection_lost(error)
+        self._arriving = None
+        if self._work is not None:
+            self._work.cancel()
+
+    def _take_long_way(self) -> None:
+        assert self._arriving is not None
+        arriving, self._arriving = self._arriving, None
+        super()._start_asgi_task(*arriving)
+
+    def _take_short_way(self) -> None:
+        assert self._arriving is not None
+        cycle, _ = self._arriving
+        scope: Any = cycle.scope
+        body = bytes(cycle.body)
+        visit = self.gate.visit(scope)
+        limit = self.service.settings.max_body_bytes
+        try:
+            self.gate.admit(visit, scope)
+            if len(body) > limit:
+                raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+            asked = parse(body)
+            if asked.stream:
+                self._take_long_way()
+                return
+            before = CALLER.set(visit.caller)
+            try:
+                work = start(self.service, asked, visit.start_s).body
+            finally:
+                CALLER.reset(before)
+        except ApiError as error:
+            self._leave(cycle, visit, in_openai_words(error).response())
+        except Exception as error:
+            self._leave(cycle, visit, _crash(error))
+        else:
+            self._arriving = None
+            self._work = work
+            self.tasks.add(work)  # type: ignore[arg-type]  # what uvicorn waits for, and cancels, when it stops
+            work.add_done_callback(lambda work: self._finish(cycle, visit, work))
+
+    def _finish(self, cycle: RequestResponseCycle, visit: Visit, work: "asyncio.Future[bytes]") -> None:
+        self._work = None
+        self.tasks.discard(work)
+        if work.cancelled():  # the client left, or the server stops
+            self.transport.close()
+            if self.gate.is_logging:
+                visit.log(499)
+            return
+        error = work.exception()
+        if error is None:
+            body = work.result()
+            headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+            self._write(cycle, visit, 200, headers, body)
+        elif isinstance(error, ApiError):
+            self._leave(cycle, visit, in_openai_words(error).response())
+        else:
+            self._leave(cycle, visit, _crash(error))
+
+    def _leave(self, cycle: RequestResponseCycle, visit: Visit, response: Response) -> None:
+        self._arriving = None
+        self._write(cycle, visit, response.status_code, response.raw_headers, bytes(response.body))
+
+    def _write(self, cycle: RequestResponseCycle, visit: Visit, status: int, headers: Headers, body: bytes) -> None:
+        if not cycle.disconnected:
+            lines = [STATUS_LINE[status]]
+            for name, value in (*self.server_state.default_headers, *headers, visit.header):
+                lines += (name, b": ", value, b"\r\n")
+            if not cycle.keep_alive:
+                lines.append(b"connection: close\r\n")
+            lines += (b"\r\n", body)
+            self.transport.write(b"".join(lines))
+            cycle.response_started = cycle.response_complete = True
+            if not cycle.keep_alive:
+                self.transport.close()
+            cycle.on_response()
+        if self.gate.is_logging:
+            visit.log(status)
+
+
+def _is_unusual(cycle: RequestResponseCycle) -> bool:
+    headers = dict(cycle.scope["headers"])
+    return (
+        cycle.waiting_for_100_continue
+        or not headers.keys().isdisjoint((b"content-encoding", b"transfer-encoding", b"origin"))
+        or int(headers.get(b"content-length", b"0")) > LARGE
+    )
+
+
+def _crash(error: BaseException) -> Response:
+    log.error("%s: an error that was not foreseen", IMAGES, exc_info=error)
+    return crashed().response()
+
+
+def connection_to(service: Service) -> type[Connection]:
+    """The class of the connections to a service."""
+    return type("ConnectionToService", (Connection,), {"service": service, "gate": Gate(service)})

@@ -1,0 +1,228 @@
+"""Both ways of an image request, the short one and the application's, against a running server and by raw sockets."""
+
+import gzip
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.server import connection, uvicorn_server
+from fewstep.server.keys import hashed
+
+Address = tuple[str, int]
+Serving = Callable[..., AbstractContextManager[tuple["subprocess.Popen[str]", Address]]]
+IMAGES = "/v1/images/generations"
+LONG = {"Origin": "http://elsewhere"}  # a header with which a request goes through the application
+
+
+@pytest.fixture(scope="module")
+def address(
+    serving: Serving, make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Address]:
+    file = tmp_path_factory.mktemp("settings") / "fewstep.toml"
+    file.write_text("request_timeout_s = 3.0\n")
+    with serving(make_bundle(), "--no-grpc", "--config", file) as (_, where):
+        yield where
+
+
+def request(body: Any, headers: dict[str, str] | None = None, version: str = "1.1") -> bytes:
+    """A request as it is sent."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {IMAGES} HTTP/{version}", "Host: fewstep", f"Content-Length: {len(data)}"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+def receive(sock: socket.socket) -> tuple[int, dict[str, str], Any]:
+    """The next answer on a connection, and no byte more: status, headers, JSON."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += sock.recv(1) or b"the connection ended\r\n\r\n"
+    first, *lines = head.decode().split("\r\n")[:-2]
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    content = b""
+    while len(content) < int(headers["content-length"]):
+        content += sock.recv(int(headers["content-length"]) - len(content))
+    return int(first.split()[1]), headers, json.loads(content)
+
+
+def ask(address: Address, sent: bytes) -> tuple[int, dict[str, str], Any]:
+    with socket.create_connection(address, timeout=30) as sock:
+        sock.sendall(sent)
+        return receive(sock)
+
+
+def test_uvicorn_still_calls_what_the_short_way_stands_on() -> None:
+    base = connection.HttpToolsProtocol
+    overridden = set(vars(connection.Connection)) & set(dir(base)) - set(dir(object)) - {"__doc__"}
+    assert {"_start_asgi_task", "on_message_complete", "on_response_complete", "connection_lost"} <= overridden
+    assert uvicorn_server.connection_to is connection.connection_to
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "3", "seed": 1},
+        {"prompt": "3", "seed": 1, "n": 3, "response_format": "url", "output_format": "webp"},
+        {"prompt": "sandwich"},
+        {"num_inference_steps": 77, "prompt": "1"},
+        {"prompt": "1", "guidance_scale": 9.0},
+        {"prompt": "1", "deadline_ms": 0.001},
+        {"prompt": "1", "model": "no-such"},
+        {"sed": 1},
+        {"n": 0},
+        b"{",
+        b"",
+        b"\xff\x00",
+    ],
+    ids=str,
+)
+def test_both_ways_answer_alike(address: Address, body: Any) -> None:
+    def told(headers: dict[str, str]) -> tuple[int, set[str], Any]:
+        status, names, answer = ask(address, request(body, {"X-Request-ID": "mine", **headers}))
+        assert names["x-request-id"] == "mine"
+        for varying in ("timings", "created"):
+            answer.pop(varying, None)
+        if "error" in answer and "ms are not enough" in answer["error"]["message"]:
+            answer["error"]["message"] = answer["error"]["message"].partition(":")[0]  # the rest is measured
+        return status, set(names), answer
+
+    assert told({}) == told(LONG)
+
+
+def test_keys_count_the_same_both_ways(serving: Serving, make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[api_keys.few]\nsha256 = "{hashed("few")}"\nimages_per_s = 0.01\nburst = 4\n')
+    with serving(make_bundle(), "--api-keys-file", file, "--no-grpc") as (_, where):
+        assert ask(where, request({"prompt": "1"}))[2]["error"]["code"] == "missing_api_key"
+        few = {"X-API-Key": "few"}
+        statuses = [ask(where, request({"prompt": "1"}, few | way))[0] for way in ({}, LONG, {}, LONG, {}, LONG)]
+    assert statuses == [200, 200, 200, 200, 429, 429]
+
+
+def test_pipelined_requests_are_answered_in_order(address: Address) -> None:
+    live = b"GET /v2/health/live HTTP/1.1\r\nHost: fewstep\r\n\r\n"
+    sent = [request({"prompt": "1", "seed": 1}), request({"prompt": "1", "seed": 2}, LONG), request({"sed": 3}), live]
+    sent += [request({"prompt": "1", "seed": 4})]
+    with socket.create_connection(address, timeout=30) as sock:
+        sock.sendall(b"".join(sent))
+        answers = [receive(sock) for _ in sent]
+    assert [status for status, _, _ in answers] == [200, 200, 400, 200, 200]
+    assert [answers[i][2]["data"][0]["seed"] for i in (0, 1, 4)] == [1, 2, 4]
+    assert answers[3][2] == {"live": True}
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.02, 1.5])
+def test_a_body_may_come_in_pieces(address: Address, pause_s: float) -> None:
+    sent = request({"prompt": "1", "seed": 7})
+    with socket.create_connection(address, timeout=30) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for part in (sent[:30], sent[30:-10], sent[-10:-5], sent[-5:]):
+            sock.sendall(part)
+            time.sleep(pause_s / 3)
+        assert receive(sock)[0] == 200
+        sock.sendall(sent)  # and the connection goes on
+        assert receive(sock)[2]["data"][0]["seed"] == 7
+
+
+def test_a_body_that_does_not_come_is_refused_and_a_silent_connection_closed(address: Address) -> None:
+    with socket.create_connection(address, timeout=30) as sock, socket.create_connection(address, timeout=30) as silent:
+        sock.sendall(request({"prompt": "1"})[:-3])
+        status, _, answer = receive(sock)
+        assert (status, answer["error"]["code"]) == (408, "body_too_slow")
+        assert silent.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    ("headers", "data"),
+    [
+        ({"Content-Encoding": "gzip"}, gzip.compress(b'{"prompt": "1", "seed": 5}')),
+        ({"Expect": "100-continue"}, b'{"prompt": "1", "seed": 5}'),
+        ({}, b'{"prompt": "1", "seed": 5}' + b" " * 100_000),
+    ],
+    ids=["gzip", "expect", "large"],
+)
+def test_what_is_unusual_is_answered_too(address: Address, headers: dict[str, str], data: bytes) -> None:
+    with socket.create_connection(address, timeout=30) as sock:
+        sent = request(data, headers)
+        head, _, body = sent.partition(b"\r\n\r\n")
+        sock.sendall(head + b"\r\n\r\n")
+        if "Expect" in headers:
+            assert sock.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+        sock.sendall(body)
+        status, _, answer = receive(sock)
+    assert (status, answer["data"][0]["seed"]) == (200, 5)
+
+
+def test_a_chunked_body(address: Address) -> None:
+    head = f"POST {IMAGES} HTTP/1.1\r\nHost: fewstep\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    status, _, answer = ask(address, head + b'8\r\n{"seed":\r\n3\r\n 5}\r\n0\r\n\r\n')
+    assert (status, answer["error"]["param"] if status == 400 else answer["data"][0]["seed"]) == (200, 5)
+
+
+@pytest.mark.parametrize(("headers", "version"), [({"Connection": "close"}, "1.1"), ({}, "1.0")])
+@pytest.mark.parametrize("body", [{"prompt": "1"}, {"sed": 1}], ids=["good", "bad"])
+def test_a_connection_that_is_to_be_closed_is(
+    address: Address, headers: dict[str, str], version: str, body: Any
+) -> None:
+    with socket.create_connection(address, timeout=30) as sock:
+        sock.sendall(request(body, headers, version))
+        status, told, _ = receive(sock)
+        assert (status == 200) == ("prompt" in body)
+        assert told["connection"] == "close"
+        assert sock.recv(1) == b""
+
+
+def cancelled(address: Address) -> int:
+    caller = http.client.HTTPConnection(*address, timeout=30)
+    caller.request("GET", "/metrics")
+    lines = caller.getresponse().read().decode().splitlines()
+    caller.close()
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines if 'reason="CANCELED"' in line)
+
+
+def test_a_client_that_leaves_ends_its_work(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    with serving(make_bundle(), "--no-grpc", "--simulate", "200+0") as (_, address):
+        with socket.create_connection(address, timeout=30) as sock:
+            sock.sendall(request({"prompt": "1", "num_inference_steps": 8, "n": 4}))
+            time.sleep(0.5)
+            assert cancelled(address) == 0
+        time.sleep(0.7)  # a step takes 0.2 s, all eight 1.6
+        assert cancelled(address) == 4
+
+
+def test_what_was_accepted_is_answered_when_the_server_stops(
+    serving: Serving, make_bundle: Callable[..., Path]
+) -> None:
+    with serving(make_bundle(), "--no-grpc", "--simulate", "200+0") as (process, address):
+        with socket.create_connection(address, timeout=30) as sock:
+            sock.sendall(request({"prompt": "1", "num_inference_steps": 8}))
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            status, told, _ = receive(sock)
+            assert (status, told["connection"]) == (200, "close")
+        assert process.wait(10) == 0
+
+
+def test_work_that_outlasts_the_drain_is_cut_off(
+    serving: Serving, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "fewstep.toml"
+    file.write_text("drain_timeout_s = 1.0\n")
+    with serving(make_bundle(), "--no-grpc", "--simulate", "1000+0", "--config", file) as (process, address):
+        with socket.create_connection(address, timeout=30) as sock:
+            sock.sendall(request({"prompt": "1", "num_inference_steps": 8}))
+            time.sleep(0.3)
+            start_s = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert sock.recv(1) == b""
+        assert process.wait(10) == 0
+        assert time.monotonic() - start_s < 6
