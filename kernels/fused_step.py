@@ -20,6 +20,7 @@ result does not depend on the company a row keeps.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,9 @@ def step_reference(
         network_input[i] = w["c_in"] * y
 
 
+_is_contiguous = attrgetter("flags.c_contiguous")
+
+
 class Scratch:
     """Working memory of `fused_step`, made once: ``[rows, elements]`` float32, three times."""
 
@@ -160,7 +164,7 @@ def fused_step(
     arrays = (table, row, x, history, raw, uncond, guidance, seed, network_input)
     native = native_step()
     is_float32 = raw.dtype == network_input.dtype == np.float32
-    if native is not None and is_float32 and all(array.flags.c_contiguous for array in arrays):
+    if native is not None and is_float32 and all(map(_is_contiguous, arrays)):
         native.step(*arrays)
     else:
         step_numpy(*arrays, scratch)

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ Array = NDArray[Any]
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+_first: Callable[[Any], Any] = ctypes.c_char.from_buffer
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -55,23 +57,22 @@ class NativeStep:
     ) -> None:
         """`fused_step`, for C-contiguous arrays and a float32 network."""
         (rows, elements), slots = x.shape, history.shape[1]
-        self._step(
-            _pointer(table), table.strides[0], _pointer(row), rows, elements, slots,
-            *map(_pointer, (x, history, raw, uncond, guidance, seed, network_input)),
-        )  # fmt: skip
+        to_table, to_row, *others = _pointers(table, row, x, history, raw, uncond, guidance, seed, network_input)
+        self._step(to_table, table.strides[0], to_row, rows, elements, slots, *others)
 
     def normals(self, seed: NDArray[np.uint64], noise_id: NDArray[np.uint32], out: Floats) -> None:
         """`noise.normals` into ``out``, C-contiguous."""
         rows, elements = out.shape
-        self._normals(_pointer(seed), _pointer(noise_id), rows, elements, _pointer(out))
+        to_seed, to_noise_id, to_out = _pointers(seed, noise_id, out)
+        self._normals(to_seed, to_noise_id, rows, elements, to_out)
 
 
-def _pointer(array: Array) -> Any:
-    """To its first element; numpy's own ``array.ctypes.data`` takes three times as long, nine times a step."""
+def _pointers(*arrays: Array) -> list[Any]:
+    """To their first elements. numpy's ``array.ctypes.data`` takes several times as long, and a step has nine."""
     try:
-        return ctypes.byref(ctypes.c_char.from_buffer(array.data))
-    except TypeError:  # it is read-only
-        return array.ctypes.data
+        return [*map(ctypes.byref, map(_first, arrays))]
+    except TypeError:  # one is read-only
+        return [array.ctypes.data for array in arrays]
 
 
 @cache

@@ -36,6 +36,7 @@ from .request import (
     Request,
     Sample,
     SampleFailed,
+    SampleFuture,
     Ticket,
 )
 from .scheduler import AGEING_S, Scheduler, Shares
@@ -180,7 +181,7 @@ class Engine:
             else:
                 for i, request in enumerate(requests):
                     show = partial(on_preview, i) if on_preview else None
-                    tickets.append(Ticket(request, Future(), now_s, show))
+                    tickets.append(Ticket(request, SampleFuture(), now_s, show))
                     self._scheduler.add(tickets[-1])
         self._end(over, "waiting")
         if refusal:
@@ -504,21 +505,23 @@ class Engine:
         tickets = [slots.tickets[i] for i in finished]
         for i in reversed(finished.tolist()):
             slots.remove(i)
-        done = self.counters
+        made: list[tuple[Ticket, Sample]] = []
         for i, ticket in enumerate(tickets):
             if not is_finite[i]:
                 self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
-                continue
-            if not ticket.future.set_running_or_notify_cancel():
+            elif not ticket.future.set_running_or_notify_cancel():
                 self._count("cancelled")
-                continue
-            queue_s, run_s = ticket.started_s - ticket.submitted_s, now_s - ticket.started_s
-            with self._lock:
-                done.finished += 1
-                done.queue_s += queue_s
-                done.run_s += run_s
-                done.last_s = now_s
-            ticket.future.set_result(Sample(pixels[i], ticket.request, queue_s, run_s, now_s))
+            else:
+                queue_s, run_s = ticket.started_s - ticket.submitted_s, now_s - ticket.started_s
+                made.append((ticket, Sample(pixels[i], ticket.request, queue_s, run_s, now_s)))
+        done = self.counters
+        with self._lock:
+            done.finished += len(made)
+            done.queue_s += sum(sample.queue_s for _, sample in made)
+            done.run_s += sum(sample.run_s for _, sample in made)
+            done.last_s = now_s if made else done.last_s
+        for ticket, sample in made:
+            ticket.future.set_result(sample)
 
     def _fail_running(self, error: Exception) -> None:
         tickets = list(self._slots.tickets)

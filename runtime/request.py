@@ -112,12 +112,24 @@ class SampleFailed(RequestError):
     """The network or the update gave no usable sample."""
 
 
+class SampleFuture(Future[Sample]):
+    """A request's future. To ask it whether it was cancelled takes no lock: it is asked before every step."""
+
+    is_cancelled = False
+
+    def cancel(self) -> bool:
+        """See `concurrent.futures.Future.cancel`."""
+        self.is_cancelled = True  # first, for the callbacks; once it has its sample nobody asks
+        self.is_cancelled = super().cancel()
+        return self.is_cancelled
+
+
 @dataclass(slots=True)
 class Ticket:
     """A request on its way; owned by the engine."""
 
     request: Request
-    future: Future[Sample]
+    future: SampleFuture
     submitted_s: float
     on_preview: Callable[[Preview], None] | None = None
     started_s: float = 0.0
@@ -125,4 +137,4 @@ class Ticket:
     def is_over(self, now_s: float) -> bool:
         """Whether nobody wants the sample any more: cancelled, or past its deadline."""
         deadline_s = self.request.deadline_s
-        return self.future.cancelled() or (deadline_s is not None and now_s > deadline_s)
+        return self.future.is_cancelled or (deadline_s is not None and now_s > deadline_s)

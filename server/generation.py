@@ -11,7 +11,7 @@ Cancelling the coroutine, or closing the iterator, cancels the requests within o
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -94,9 +94,11 @@ def outcome(
 
     def on_end(future: Future[Sample]) -> None:
         is_last = next(unfinished) == 0
-        if future.cancelled():
+        try:
+            error = future.exception()
+        except CancelledError:
             return
-        if error := future.exception():
+        if error:
             with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
                 loop.call_soon_threadsafe(fail, error)
         elif is_last:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fewstep.runtime import Bundle, DeadlineInfeasible, Engine, EngineThread, Request, Sample, SampleFailed
 from fewstep.runtime.backends import OnnxBackend
 from fewstep.runtime.pace import Pace, ticks_to_end, ticks_to_start
-from fewstep.runtime.request import Ticket
+from fewstep.runtime.request import SampleFuture, Ticket
 from fewstep.runtime.scheduler import Scheduler
 
 # --- the line
@@ -23,7 +23,7 @@ from fewstep.runtime.scheduler import Scheduler
 
 def ticket(bundle: Bundle, caller: str = "", *, priority: int = 0, weight: float = 1.0, at_s: float = 0.0) -> Ticket:
     request = Request(0, bundle.tableau("ddim", 4), 0, priority=priority, caller=caller, weight=weight)
-    return Ticket(request, Future(), at_s)
+    return Ticket(request, SampleFuture(), at_s)
 
 
 def callers(scheduler: Scheduler, num: int, now_s: float = 0.0) -> list[str]:
