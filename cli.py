@@ -3,6 +3,7 @@
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -478,12 +479,15 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Its images, if not where its recipe says.")] = None,
     classifier: Annotated[Path | None, typer.Option(help="File of the feature network; made if missing.")] = None,
     solver: Annotated[str | None, typer.Option(help="Name of a table.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Network calls a sample.")] = None,
+    steps: Annotated[str, typer.Option(help="Network calls a sample; several as 1,2,4,8.")] = "",
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
     precision: Annotated[str, typer.Option(help="A bundle's: float32, or one that was added.")] = "float32",
     samples: Annotated[int, typer.Option(min=100, help="Samples of each noise seed.")] = 1_000,
     seeds: Annotated[int, typer.Option(min=1, help="Noise seeds.")] = 3,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file for the figures.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="JSON file for the figures; of several steps, a list.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="SVG file: Frechet distance against network calls.")] = None,
 ) -> None:
     """Judge samples against real images: distances, precision, recall, accuracy, each with its noise floor."""
     _need_torch("evaluate")
@@ -492,23 +496,42 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from .training.report import evaluate as run
+    from .bench.page import draw
+    from .training.report import evaluate_steps
 
-    report = run(
-        source, data=data, classifier=classifier, solver=solver, num_steps=steps, guidance=guidance,
-        precision=precision, samples=samples, seeds=seeds,
+    parts = [part.strip() for part in steps.split(",")] if steps else []
+    if not all(part.isdecimal() and int(part) for part in parts):
+        _stop(f"--steps: {steps!r} should be numbers of network calls, such as 4 or 1,2,4,8")
+    if plot is not None and len(parts) < 2:
+        _stop("--plot: draws several numbers of steps; give them, such as --steps 1,2,4,8")
+    reports = evaluate_steps(
+        source, [int(part) for part in parts] or [None], data=data, classifier=classifier, solver=solver,
+        guidance=guidance, precision=precision, samples=samples, seeds=seeds,
     )  # fmt: skip
-    title = f"{report.name}: {report.solver} with {report.num_steps} steps, {report.seeds} x {report.samples} samples"
-    table = Table("", "mean", "sd over seeds", "floor", title=title, title_justify="left")
-    columns = [asdict(part) for part in (report.mean, report.deviation, report.floor)]
-    for name in columns[0]:
-        figures = (f"{column[name]:.4g}" if column[name] is not None else "" for column in columns)
-        table.add_row(name.replace("_", " "), *figures)
     console = Console()
-    console.print(table)
+    for report in reports:
+        title = (
+            f"{report.name}: {report.solver} with {report.num_steps} steps, {report.seeds} x {report.samples} samples"
+        )
+        table = Table("", "mean", "sd over seeds", "floor", title=title, title_justify="left")
+        columns = [asdict(part) for part in (report.mean, report.deviation, report.floor)]
+        for name in columns[0]:
+            figures = (f"{column[name]:.4g}" if column[name] is not None else "" for column in columns)
+            table.add_row(name.replace("_", " "), *figures)
+        console.print(table)
     console.print(f"features: {report.features}, accuracy {report.features_accuracy:.3f} on held-out images")
     if output is not None:
-        output.write_text(report.to_json(), "utf-8")
+        text = report.to_json() if len(reports) == 1 else "[" + ",\n".join(each.to_json() for each in reports) + "]\n"
+        output.write_text(text, "utf-8")
+    if plot is not None:
+        points = sorted((float(each.num_steps), each.mean.frechet_distance) for each in reports)
+        floor = [(calls, report.floor.frechet_distance) for calls, _ in points]
+        lines = {f"{report.name}, {report.solver}": points, "held-out images": floor}
+        named = "Frechet distance; red: that of held-out images"
+        marks = [calls for calls, _ in points]
+        plot.write_text(
+            draw(lines, "network calls a sample", named, x_scale=math.log, x_marks=marks, is_log=True), "utf-8"
+        )
 
 
 @app.command()

@@ -91,14 +91,33 @@ def evaluate(
     samples: int = 1_000,
     seeds: int = 3,
 ) -> Report:
-    """Judge the samples of a checkpoint (a ``.safetensors`` file) or of a bundle.
+    """Judge the samples of a checkpoint (a ``.safetensors`` file) or of a bundle; see `evaluate_steps`."""
+    return evaluate_steps(
+        source, (num_steps,), data=data, classifier=classifier, solver=solver, guidance=guidance, precision=precision,
+        samples=samples, seeds=seeds,
+    )[0]  # fmt: skip
+
+
+def evaluate_steps(
+    source: str | Path,
+    counts: Sequence[int | None],
+    *,
+    data: str | Path | None = None,
+    classifier: Path | None = None,
+    solver: str | None = None,
+    guidance: float | None = None,
+    precision: str = "float32",
+    samples: int = 1_000,
+    seeds: int = 3,
+) -> list[Report]:
+    """Judge the samples of a checkpoint (a ``.safetensors`` file) or of a bundle, with several numbers of steps.
 
     Args:
         source: the file or folder.
+        counts: network calls a sample, a report for each; ``None`` is its own.
         data: its images, if not where its recipe says.
         classifier: the feature network's file; made there if missing. ``classifier.safetensors`` beside a checkpoint.
         solver: a table's name; the default one.
-        num_steps: network calls a sample.
         guidance: scale of a student that is told it, 1 for none.
         precision: of a bundle's network; see `Bundle.network_in`.
         samples: of each seed.
@@ -111,29 +130,38 @@ def evaluate(
         ValueError: there is no such table.
     """
     path = Path(source)
+    tables: list[
+        tuple[Tableau, Sampler, Sampler | None]
+    ] = []  # a table, its samples, the teacher's from the same noise
     if path.is_file():
         if precision != "float32":
             raise CheckpointError(f"precision: a checkpoint is judged in float32, not {precision!r}; export it first")
         checkpoint = load_checkpoint(path)
         recipe, name = checkpoint.recipe, path.stem
-        tableau, run = _of_checkpoint(checkpoint, solver, num_steps, guidance)
         place = classifier or path.parent / "classifier.safetensors"
-        teacher = _teacher_beside(path, checkpoint, tableau, guidance)
+        for count in counts:
+            tableau, run = _of_checkpoint(checkpoint, solver, count, guidance)
+            tables.append((tableau, run, _teacher_beside(path, checkpoint, tableau, guidance)))
     else:
         bundle = Bundle.load(str(source))
         recipe, name = _recipe_of(bundle), bundle.name
-        tableau = bundle.tableau(solver, num_steps)
-        run, teacher = _of_bundle(bundle, tableau, guidance, precision), None
+        for count in counts:
+            tableau = bundle.tableau(solver, count)
+            tables.append((tableau, _of_bundle(bundle, tableau, guidance, precision), None))
         place = classifier or Path(f"{bundle.name}-classifier.safetensors")
     images = load_images(recipe.data.source, data or recipe.data.path, recipe.data.class_names)
     examiner = Examiner.of(images, make_judge(images, place, recipe.evaluation.classifier_images, recipe.seed))
     label = torch.arange(samples) % len(images.class_names)
-    scored = [examiner.figures(run(seed, label), label, teacher and teacher(seed, label)) for seed in range(seeds)]
-    return Report(
-        name, tableau.name, tableau.num_steps, guidance, precision, samples, seeds,
-        over(scored, np.mean), over(scored, np.std),
-        examiner.floor(samples), f"fewstep-classifier-64, sha256 {examiner.judge.sha256}", examiner.accuracy(),
-    )  # fmt: skip
+    floor, features = examiner.floor(samples), f"fewstep-classifier-64, sha256 {examiner.judge.sha256}"
+    reports = []
+    for tableau, run, teacher in tables:
+        scored = [examiner.figures(run(seed, label), label, teacher and teacher(seed, label)) for seed in range(seeds)]
+        report = Report(
+            name, tableau.name, tableau.num_steps, guidance, precision, samples, seeds,
+            over(scored, np.mean), over(scored, np.std), floor, features, examiner.accuracy(),
+        )  # fmt: skip
+        reports.append(report)
+    return reports
 
 
 @dataclass(frozen=True, slots=True)
