@@ -1,4 +1,4 @@
-"""The command line: ``fewstep serve | bench | generate | inspect | train | fit | table | export | triton ...``.
+"""The command line: ``fewstep serve | bench | capacity | generate | inspect | train | fit | export | triton ...``.
 
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
@@ -198,6 +198,61 @@ def bench_compare(
     found = compare_files(before, after, confidence=confidence, smallest=smallest)
     if any(one.verdict == "worse" for one in found):
         raise SystemExit(1)
+
+
+@app.command()
+def capacity(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A+B, ms of a network call and of each row in it; or a server's URL or a bundle to measure."
+        ),
+    ],
+    rate: Annotated[float | None, typer.Option(help="Requests a second, of all replicas.")] = None,
+    p99_ms: Annotated[
+        float | None, typer.Option("--p99-ms", help="99 % of the requests are to be answered in this time.")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Only say how the load goes on so many.")] = None,
+    mix: Annotated[
+        str | None, typer.Option(help="Kinds of requests with weights, as for bench; or a TOML file.")
+    ] = None,
+    arrivals: Annotated[str, typer.Option(help="poisson, burst, constant, or the file of a trace.")] = "poisson",
+    burst: Annotated[int, typer.Option(help="Requests of one burst.")] = 16,
+    deadline_ms: Annotated[float | None, typer.Option(help="That requests tell the server, for its admission.")] = None,
+    routing: Annotated[
+        str, typer.Option(help="Who gets a request: least-loaded, two-choices, random or round-robin.")
+    ] = "least-loaded",
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Samples of a replica that run together.", show_default="measured, or 16")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Samples of a replica that may wait.")] = 1024,
+    overhead_ms: Annotated[
+        float | None,
+        typer.Option(min=0, help="A request's time outside the engine.", show_default="measured, or 0"),
+    ] = None,
+    measure: Annotated[float, typer.Option(help="URL, bundle: seconds of each of the three loads.")] = 5.0,
+    model: Annotated[str | None, typer.Option(help="URL: the model to ask for.", show_default="the first")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="URL: API key, sent as a bearer token.", envvar="FEWSTEP_API_KEY")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Bundle: CPU threads of one network call.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the arrivals and the order of the kinds.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="File for what was found.")] = None,
+) -> None:
+    """Say how many replicas a load needs, by simulating them with the engine's own scheduler.
+
+    fewstep capacity 40+1 --rate 16667 --mix 'steps=1:0.5, steps=4:0.5' --p99-ms 400
+
+    A URL should be that of a replica nobody else uses: it is loaded to measure it.
+    """
+    _need_bench()
+    from .bench.plan import plan
+
+    plan(
+        target, rate=rate, p99_ms=p99_ms, replicas=replicas, mix=mix, arrivals=arrivals, burst=burst,
+        deadline_ms=deadline_ms, routing=routing, max_rows=max_rows, max_waiting=max_waiting, overhead_ms=overhead_ms,
+        measure_s=measure, model=model, key=key, threads=threads, seed=seed, json_file=json,
+    )  # fmt: skip
 
 
 @app.command()

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BenchError
+from .observer import Counts
 from .targets import About, Address, InProcessTarget, Target, target_of
 from .workload import Workload
 
@@ -45,8 +46,7 @@ class Records:
     error: NDArray[np.int64]  # an index of `errors`; -1: answered
     errors: tuple[str, ...]
     cpu_share: float  # of one core, of this process, on the clock
-    rows: float | None  # in-process: rows moved by one step,
-    calls: float | None  # and network calls, on the clock
+    counts: Counts | None  # in-process: of the engine, on the clock
 
 
 def generate(plan: Plan, parent: Connection) -> None:
@@ -92,13 +92,13 @@ class _Load:
             clock = asyncio.ensure_future(self._clock())
             load = self._open_loop() if self._plan.workload.loop == "open" else self._closed_loop()
             await load
-            cpu_share, rows, calls = await clock
+            cpu_share, counts = await clock
         finally:
             await self._target.close()
         columns = zip(*self._records, strict=True) if self._records else ([], [], [], [], [])
         kind, meant, sent, done, error = (np.array(column) for column in columns)
         kind, error, errors = kind.astype(np.int64), error.astype(np.int64), tuple(self._error_of)
-        return Records(kind, meant, sent, done, error, errors, cpu_share, rows, calls)
+        return Records(kind, meant, sent, done, error, errors, cpu_share, counts)
 
     async def _try_each_kind(self) -> None:
         """One request of each kind before the clock: a mix that cannot be served measures nothing."""
@@ -184,11 +184,12 @@ class _Load:
 
     # --- telling
 
-    async def _clock(self) -> tuple[float, float | None, float | None]:
+    async def _clock(self) -> tuple[float, Counts | None]:
         """Tell the parent of each slice's edge, which then looks at the server; and measure this process."""
         workload = self._plan.workload
         edges = workload.warmup_s + np.linspace(0, workload.seconds, SLICES + 1)
-        cpu_s, counts, told = 0.0, None, 0
+        cpu_s, told = 0.0, 0
+        counts: Counts | None = None
         for number, edge_s in enumerate(edges.tolist()):
             while (wait_s := edge_s - self._now()) > 0:
                 await asyncio.sleep(min(wait_s, 0.25))
@@ -198,12 +199,10 @@ class _Load:
             if number == 0:
                 cpu_s, counts = time.process_time(), self._counts()
         cpu_s = time.process_time() - cpu_s
-        rows = calls = None
-        if counts is not None and (after := self._counts()) is not None:
-            rows, calls = after[0] - counts[0], after[1] - counts[1]
-        return cpu_s / workload.seconds, rows, calls
+        after = self._counts()
+        return cpu_s / workload.seconds, after.since(counts) if after and counts else None
 
-    def _counts(self) -> tuple[float, float] | None:
+    def _counts(self) -> Counts | None:
         return self._target.counts if isinstance(self._target, InProcessTarget) else None
 
     def _tell_progress(self, told: int) -> None:

@@ -1,9 +1,10 @@
-"""The server from outside: rows a network call from its metrics, CPU time and memory from the operating system."""
+"""The server from outside: its network calls from its metrics, CPU time and memory from the operating system."""
 
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,8 +15,37 @@ from .errors import BenchError
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def counts(url: str, model: str) -> tuple[float, float] | None:
-    """Rows moved by one step and network calls so far, by Triton's names for them; None where there are none."""
+@dataclass(frozen=True)
+class Counts:
+    """What an engine has done so far, and what it is."""
+
+    rows: float  # moved by one step
+    calls: float  # of the network
+    busy_s: float  # in these
+    max_rows: int | None = None
+    deviation_s: float | None = None  # of a call from its mean cost
+
+    def since(self, before: "Counts") -> "Counts":
+        """What it did meanwhile."""
+        done = self.rows - before.rows, self.calls - before.calls, self.busy_s - before.busy_s
+        return replace(self, rows=done[0], calls=done[1], busy_s=done[2])
+
+    def for_report(self) -> dict[str, Any]:
+        """Its words in a report."""
+        return {
+            "rows_per_call": self.rows / self.calls if self.calls else None,
+            "ms_per_call": 1000 * self.busy_s / self.calls if self.calls else None,
+            "max_rows": self.max_rows,
+            "call_deviation_ms": None if self.deviation_s is None else 1000 * self.deviation_s,
+        }
+
+
+_COUNTED = ("nv_inference_count", "nv_inference_exec_count", "nv_inference_compute_infer_duration_us")  # Triton's names
+_TOLD = ("fewstep_max_rows", "fewstep_tick_deviation_seconds")
+
+
+def counts(url: str, model: str) -> Counts | None:
+    """From a server's metrics; None where it does not tell."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             text = answer.read().decode("utf-8", "replace")
@@ -24,11 +54,13 @@ def counts(url: str, model: str) -> tuple[float, float] | None:
     found: dict[str, float] = {}
     for line in text.splitlines():
         name, _, rest = line.partition("{")
-        if name in ("nv_inference_count", "nv_inference_exec_count") and f'model="{model}"' in rest:
+        if name in (*_COUNTED, *_TOLD) and f'model="{model}"' in rest:
             found[name] = found.get(name, 0.0) + float(rest.rpartition(" ")[2])
-    if len(found) < 2:
+    if not found.keys() >= set(_COUNTED):
         return None
-    return found["nv_inference_count"], found["nv_inference_exec_count"]
+    rows, calls, busy_us = (found[name] for name in _COUNTED)
+    max_rows, deviation_s = (found.get(name) for name in _TOLD)
+    return Counts(rows, calls, busy_us / 1e6, None if max_rows is None else int(max_rows), deviation_s)
 
 
 class ProcessTree:

@@ -74,7 +74,7 @@ def round_of(
         about: what it says of itself.
         workload: what was asked.
         records: what happened.
-        server: what `observer` saw: ``rows_per_call``, ``memory_mb``, ``pid``, ``metrics``, each or None.
+        server: what `observer` saw: ``pid``, ``memory_mb``, and `Counts.for_report`; each may be None.
         cpu_s: the server's CPU time so far at each edge of a slice.
     """
     start_s, seconds = workload.warmup_s, workload.seconds
@@ -255,7 +255,8 @@ def facts(made: Round) -> list[tuple[str, str]]:
         share = f"{100 * good['share']:.2f} % of {good['requests']} requests in time"
         rows.append(("goodput", f"{good['images_per_s']:.1f} images/s in time; {share}"))
     if server["rows_per_call"] is not None:
-        rows.append(("batch fill", f"{server['rows_per_call']:.2f} rows a network call"))
+        took = f", {server['ms_per_call']:.3g} ms each" if server.get("ms_per_call") else ""
+        rows.append(("batch fill", f"{server['rows_per_call']:.2f} rows a network call{took}"))
     if server["cpu_ms_per_image"] is not None:
         who = (
             "this process, with its load" if generator["is_in_process"] else f"process {server['pid']} and its children"

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .errors import BenchError
 from .generator import SLICES, Plan, Records, generate
-from .observer import ProcessTree, counts, listener
+from .observer import Counts, ProcessTree, counts, listener
 from .report import Round, round_of
 from .targets import PROTOCOLS, About, Address
 from .workload import Workload
@@ -121,7 +121,8 @@ class _Watch:
         about = About("")
         cpu_s: list[float | None] = []
         memory_mb: float | None = None
-        before = after = None
+        before: Counts | None = None
+        after: Counts | None = None
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -155,15 +156,14 @@ class _Watch:
                 elif word == "done":
                     break
         records: Records = told
-        rows, calls = records.rows, records.calls
-        if before is not None and after is not None:
-            rows, calls = after[0] - before[0], after[1] - before[1]
+        done = after.since(before) if before is not None and after is not None else records.counts
         server = {
             "pid": self._tree.pid if self._tree else None,
             "memory_mb": memory_mb,
-            "rows_per_call": rows / calls if rows is not None and calls else None,
+            "rows_per_call": None,
+            **(done.for_report() if done else {}),
         }
         return round_of(self._address, about, workload, records, server, cpu_s)
 
-    def _counts(self, about: About) -> tuple[float, float] | None:
+    def _counts(self, about: About) -> Counts | None:
         return counts(self._metrics, about.model) if self._metrics else None

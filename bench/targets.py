@@ -21,6 +21,7 @@ from ..runtime import Bundle, Engine, EngineThread, Request, RequestError
 from ..runtime.simulated import Cost, simulated
 from .errors import BenchError
 from .http_client import Answer, HttpClient
+from .observer import Counts
 from .workload import Kind
 
 Array = NDArray[Any]
@@ -378,9 +379,10 @@ class InProcessTarget:
             await asyncio.to_thread(self._threads.stop)
 
     @property
-    def counts(self) -> tuple[float, float]:
-        """Rows moved by one step, and network calls; see `observer`."""
-        return self._engine.counters.row_steps, self._engine.counters.ticks
+    def counts(self) -> Counts:
+        """What the engine has done so far; see `observer`."""
+        done, engine = self._engine.counters, self._engine
+        return Counts(done.row_steps, done.ticks, done.busy_s, engine.max_rows, engine.pace.deviation_s)
 
 
 _JSON = "Content-Type: application/json\r\n"

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,6 +78,7 @@ class Engine:
         backend: makes the network from (bundle, rows); ONNX Runtime on the CPU when left out.
         ageing_s: time in line that is worth one level of priority.
         weight: its share of the device, of those that an `EngineThread` steps.
+        clock: seconds; one that is not ``time.monotonic`` is for whoever drives `tick` by it.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class Engine:
         backend: Callable[[Bundle, int], Backend] | None = None,
         ageing_s: float = AGEING_S,
         weight: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_rows < 1 or max_waiting < 1:
             raise ValueError(f"max_rows {max_rows} and max_waiting {max_waiting} must be at least 1")
         self.bundle = bundle
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.weight = weight
+        self._clock = clock
         self.counters = Counters()
         self.pace = Pace()
         self.recent: deque[tuple[float, float, int]] = deque(maxlen=1024)  # ticks: start, end, rows
@@ -159,7 +162,7 @@ class Engine:
         """
         for request in requests:
             self._refuse_misfit(request)
-        now_s = time.monotonic()
+        now_s = self._clock()
         tickets: list[Ticket] = []
         over: list[Ticket] = []
         refusal: QueueFull | DeadlineInfeasible | None = None
@@ -313,10 +316,10 @@ class Engine:
         with self._device.turn:
             for rows in dict.fromkeys((1, self._slots.capacity)):
                 for _ in range(3):  # the first call of a size sets it up
-                    start_s = time.monotonic()
+                    start_s = self._clock()
                     self._backend(rows)
                     self._device.wait()
-                self.pace.add(rows, time.monotonic() - start_s)
+                self.pace.add(rows, self._clock() - start_s)
 
     def step(self) -> bool:
         """One tick. Whatever goes wrong in it, it ends the requests that it concerns, and never raises.
@@ -324,25 +327,36 @@ class Engine:
         Returns:
             Whether there was anything to run.
         """
+        return sum(1 for _ in self.tick()) > 0
+
+    def tick(self) -> Iterator[int]:
+        """The same in two parts, for who has a clock of their own: it stops once, at its network call.
+
+        What the call takes may pass before it goes on; requests may be submitted meanwhile, as by other threads.
+
+        Yields:
+            Rows of the call. Nothing, if there is nothing to run.
+        """
         try:
             with self._device.turn:
-                return self._tick()
+                yield from self._tick()
         except Exception as error:
             log.exception("%s: a tick failed; its %d samples are lost", self.bundle.name, len(self._slots))
             self._fail_running(SampleFailed(f"the step failed: {error}"))
-            return True
 
-    def _tick(self) -> bool:
-        start_s = time.monotonic()
+    def _tick(self) -> Iterator[int]:
+        start_s = self._clock()
         if self._are_tables_stale:
             self._pack()
         self._let_go(start_s)
         self._admit(start_s)
         rows = len(self._slots)
         if not rows:
-            return False
+            return
         try:
-            raw = self._network(rows)
+            outputs = self._gather(rows)
+            yield outputs
+            raw = self._network(outputs)
         except Exception:
             log.exception("%s: a network call failed; its %d rows are run one by one", self.bundle.name, rows)
             self._one_by_one(rows)
@@ -351,9 +365,8 @@ class Engine:
             self._correct(rows, raw)
             self._show(rows, raw)
             self._update(slice(0, rows), raw)
-            outputs = len(raw)
         self._device.wait()
-        now_s = time.monotonic()
+        now_s = self._clock()
         self.recent.append((start_s, now_s, rows))
         self._harvest(now_s)
         self.counters.ticks += 1
@@ -362,7 +375,6 @@ class Engine:
         if outputs:
             self.pace.add(outputs, now_s - start_s, self.others_s)
         self.others_s = 0.0
-        return True
 
     def _one_by_one(self, rows: int) -> None:
         """Find the rows that a network call fails on, end those, and do the step of the others."""
@@ -372,7 +384,7 @@ class Engine:
             slots.swap(0, i)  # a network call is over the first rows
             behind = self._input[1].copy() if self._has_uncond else None
             try:
-                raw = self._network(1)
+                raw = self._network(self._gather(1))
             except Exception as error:
                 lost[id(slots.tickets[0])] = error
             else:
@@ -420,7 +432,8 @@ class Engine:
         if len(self._slots) > first:
             self._update(slice(first, len(self._slots)), self._input)  # the start row reads no network output
 
-    def _network(self, rows: int) -> Array:
+    def _gather(self, rows: int) -> int:
+        """Say the network's small inputs for the first rows; how many rows its call takes, guidance included."""
         said, slots = self._said, self._slots
         outputs = rows
         self._uncond[:rows] = -1
@@ -440,6 +453,9 @@ class Engine:
             said["guidance"][:rows] = slots.guidance[:rows]
         for name, values in said.items():
             self._device.put(self._backend.inputs[name][:outputs], values[:outputs])
+        return outputs
+
+    def _network(self, outputs: int) -> Array:
         return self._backend(outputs).reshape(outputs, -1)
 
     def _update(self, part: slice, raw: Array) -> None:

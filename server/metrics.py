@@ -43,6 +43,9 @@ class _Engines(Collector):
         line = GaugeMetricFamily("fewstep_waiting_samples", "Samples waiting", labels=[*_LABELS, "priority"])
         tick = GaugeMetricFamily("fewstep_tick_seconds", "Measured cost of a tick without its rows", labels=_LABELS)
         row = GaugeMetricFamily("fewstep_tick_row_seconds", "Measured cost of each row in a tick", labels=_LABELS)
+        deviation = GaugeMetricFamily(
+            "fewstep_tick_deviation_seconds", "Mean distance of a tick from its measured cost", labels=_LABELS
+        )
         simulated = GaugeMetricFamily(
             "fewstep_simulated_accelerator", "1: times are those of a model, not of a device", labels=["cost"]
         )
@@ -71,5 +74,6 @@ class _Engines(Collector):
             fixed_s, row_s = engine.pace.line()
             tick.add_metric(labels, fixed_s)
             row.add_metric(labels, row_s)
+            deviation.add_metric(labels, engine.pace.deviation_s)
         yield from (success, failure, count, executions, compute, request, queue, pending, running, places, line)
-        yield from (tick, row)
+        yield from (tick, row, deviation)

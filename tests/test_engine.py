@@ -265,16 +265,15 @@ def test_whoever_waits_for_a_cancelled_request_is_told(baked: Bundle) -> None:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def clock() -> SimpleNamespace:
     """The engine's clock, moved by hand: ``clock.now_s``."""
     clock = SimpleNamespace(now_s=100.0)
-    clock.monotonic = lambda: clock.now_s
-    monkeypatch.setattr("fewstep.runtime.engine.time", clock)
+    clock.read = lambda: clock.now_s
     return clock
 
 
 def test_a_deadline_ends_a_running_request_and_not_its_neighbour(baked: Bundle, clock: SimpleNamespace) -> None:
-    engine = engine_of(baked)
+    engine = engine_of(baked, clock=clock.read)
     long, _ = long_and_short(baked)
     hurried, patient = engine.submit([replace(long, deadline_s=101.0), replace(long, deadline_s=200.0)])
     engine.step()
@@ -291,7 +290,7 @@ def test_a_deadline_ends_a_running_request_and_not_its_neighbour(baked: Bundle, 
 
 
 def test_a_deadline_ends_a_waiting_request_before_it_starts(baked: Bundle, clock: SimpleNamespace) -> None:
-    engine = engine_of(baked, max_rows=1)
+    engine = engine_of(baked, clock=clock.read, max_rows=1)
     long, short = long_and_short(baked)
     engine.submit([long])
     (late,) = engine.submit([replace(short, deadline_s=100.5)])
@@ -318,7 +317,7 @@ def test_a_full_queue_takes_all_or_nothing_and_says_when_to_come_back(baked: Bun
 
 
 def test_what_nobody_wants_any_more_makes_room_in_a_full_queue(baked: Bundle, clock: SimpleNamespace) -> None:
-    engine = engine_of(baked, max_rows=1, max_waiting=2)
+    engine = engine_of(baked, clock=clock.read, max_rows=1, max_waiting=2)
     _, short = long_and_short(baked)
     gone, late = engine.submit([short, replace(short, deadline_s=101.0)])
     gone.cancel()
@@ -342,7 +341,7 @@ def test_the_retry_time_is_the_line_at_the_measured_pace(baked: Bundle) -> None:
 
 def test_a_callback_may_submit_again(baked: Bundle, clock: SimpleNamespace) -> None:
     """Whatever end a future comes to, no lock is held when its callbacks run."""
-    engine = engine_of(baked, max_rows=1, max_waiting=2)
+    engine = engine_of(baked, clock=clock.read, max_rows=1, max_waiting=2)
     _, short = long_and_short(baked)
     again: list[Future[Sample]] = []
 
@@ -539,7 +538,7 @@ def test_a_network_exception_fails_who_was_running_and_the_engine_goes_on(
 
 def test_no_slot_leaks_in_thousands_of_random_operations(baked: Bundle, clock: SimpleNamespace) -> None:
     """Every accepted request comes to one end that is counted, and the engine is empty when all have."""
-    engine = engine_of(baked, max_rows=3, max_waiting=6)
+    engine = engine_of(baked, clock=clock.read, max_rows=3, max_waiting=6)
     rng = np.random.default_rng(9)
     tableau, open_, accepted, rejected = baked.tableau("ddim", 3), list[Future[Sample]](), 0, 0
     for _ in range(5000):

@@ -163,15 +163,16 @@ class Clocked:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def clock() -> SimpleNamespace:
     clock = SimpleNamespace(now_s=100.0)
-    clock.monotonic = lambda: clock.now_s
-    monkeypatch.setattr("fewstep.runtime.engine.time", clock)
+    clock.read = lambda: clock.now_s
     return clock
 
 
 def clocked(bundle: Bundle, clock: SimpleNamespace, max_rows: int = 4, **kwargs: Any) -> Engine:
-    engine = Engine(bundle, max_rows=max_rows, backend=lambda b, rows: Clocked(b, rows, clock), **kwargs)
+    engine = Engine(
+        bundle, max_rows=max_rows, backend=lambda b, rows: Clocked(b, rows, clock), clock=clock.read, **kwargs
+    )
     engine.warm_up()
     return engine
 
