@@ -609,6 +609,9 @@ def export(
     sampler: Annotated[
         bool, typer.Option("--sampler", help="--tensorrt: the whole sampler too, as one engine.")
     ] = False,
+    plugin: Annotated[
+        bool, typer.Option("--plugin", help="--sampler: our kernel in the engine, by a plugin of the full TensorRT.")
+    ] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="--tensorrt: file of measured kernel times.")] = None,
     repository: Annotated[
         Path | None, typer.Option("--triton", help="BUNDLE: write it into this model repository.")
@@ -633,7 +636,9 @@ def export(
         return
     _need_torch("export")
     if tensorrt or precision is not None:
-        _export_more(source, output, tensorrt, precision or "float16", flavour, batch, target, sampler, timing_cache)
+        _export_more(
+            source, output, tensorrt, precision or "float16", flavour, batch, target, sampler, plugin, timing_cache
+        )
         return
     checkpoint = Path(source)
     if output is None:
@@ -684,6 +689,7 @@ def _export_more(
     batch: str,
     target: str | None,
     sampler: bool,
+    plugin: bool,
     timing_cache: Path | None,
 ) -> None:
     from .export.additions import add_engines, add_precisions
@@ -715,6 +721,7 @@ def _export_more(
         batch=(low, usual, high),
         targets=tuple(target.split(",")) if target else (),
         has_sampler=sampler,
+        has_plugin=plugin,
         timing_cache=timing_cache,
     )
     for name, engine in engines.items():

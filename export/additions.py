@@ -76,6 +76,7 @@ def add_engines(
     targets: Sequence[str] = (),
     has_sampler: bool = False,
     timing_cache: Path | None = None,
+    has_plugin: bool = False,
 ) -> tuple[Bundle, dict[str, EngineFile]]:
     """Build TensorRT engines into ``engines/`` and record them in the manifest.
 
@@ -88,6 +89,7 @@ def add_engines(
         targets: see there.
         has_sampler: build the whole sampler of the default table's number of steps too.
         timing_cache: see there.
+        has_plugin: whether the whole sampler's fused steps are run by our kernel; see `tensorrt_plugin`.
 
     Returns:
         The new bundle, and the engines that were added, by file.
@@ -98,6 +100,8 @@ def add_engines(
     """
     if "int8-cpu" in precisions:
         raise ExportError("int8-cpu is for CPUs: TensorRT takes int8")
+    if has_plugin and not has_sampler:
+        raise ExportError("plugin: only a whole sampler holds fused steps; ask for the sampler too")
 
     def add(folder: Path, fields: dict[str, Any]) -> dict[str, EngineFile]:
         (folder / "engines").mkdir(exist_ok=True)
@@ -110,7 +114,10 @@ def add_engines(
                 default = bundle.tableau()
                 kinds["sampler"] = sampler_graph(graph, default.num_steps, default.num_places)
             for kind, model in kinds.items():
-                built = build_engine(model, flavour=flavour, batch=batch, targets=targets, timing_cache=timing_cache)
+                built = build_engine(
+                    model, flavour=flavour, batch=batch, targets=targets, timing_cache=timing_cache,
+                    has_plugin=has_plugin and kind == "sampler",
+                )  # fmt: skip
                 name = f"engines/{kind}-{precision}-{flavour}.engine"
                 (folder / name).write_bytes(built.data)
                 made[name] = EngineFile.model_validate(

@@ -18,6 +18,7 @@ import onnx
 
 from .onnx_file import save_model
 from .step_graph import ExportError
+from .tensorrt_plugin import register_update, without_body
 
 log = logging.getLogger("fewstep")
 
@@ -55,6 +56,7 @@ def build_engine(
     batch: tuple[int, int, int] = (1, 8, 64),
     targets: Sequence[str] = (),
     timing_cache: Path | None = None,
+    has_plugin: bool = False,
 ) -> BuiltEngine:
     """Build an engine.
 
@@ -65,10 +67,11 @@ def build_engine(
         targets: architectures such as ``sm89``; left out, RTX builds a portable engine and full TensorRT one for
             the GPU at hand.
         timing_cache: a file in which measured kernel times are kept between builds; an RTX build has none.
+        has_plugin: run the graph's `FewStepUpdate` nodes by our kernel in the engine; see `tensorrt_plugin`.
 
     Raises:
-        ExportError: TensorRT is not installed, does not take the graph (the message names the node), or cannot
-            build for a target.
+        ExportError: TensorRT is not installed, does not take the graph (the message names the node), cannot build for a
+            target, or is asked for a plugin and has none.
     """
     trt = tensorrt_of(flavour)
     low, usual, high = batch
@@ -76,7 +79,12 @@ def build_engine(
         raise ExportError(f"batch {low},{usual},{high}: must rise from at least 1")
     said: list[str] = []
     builder = trt.Builder(_logger(trt, said))
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if has_plugin:
+        register_update(trt)
+        model = without_body(model)
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+    network = builder.create_network(flags)
     parser = trt.OnnxParser(network, builder_logger := _logger(trt, said))
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, file := Path(folder) / "model.onnx")

@@ -168,8 +168,8 @@ def cubin(capability: str, network: Network = "float32", noise: Noise = "exact")
     return made
 
 
-def compile_cubin(capability: str, options: list[str]) -> tuple[bytes, str]:
-    """Compile ``cuda.cu`` for one architecture.
+def compile_cubin(capability: str, options: list[str], source: str = "cuda.cu") -> tuple[bytes, str]:
+    """Compile a source of this folder for one architecture.
 
     Returns:
         The cubin, and what the compiler said of registers and spills.
@@ -177,11 +177,25 @@ def compile_cubin(capability: str, options: list[str]) -> tuple[bytes, str]:
     Raises:
         CudaError: there is no compiler, or it refuses.
     """
+    return _compiled("cubin", source, [f"-arch=sm_{capability}", *options])
+
+
+def compile_ptx(capability: str, source: str) -> bytes:
+    """Compile a source of this folder to PTX, which runs on GPUs of this compute capability and later ones.
+
+    A driver older than the compiler does not know its PTX.
+
+    Raises:
+        CudaError: there is no compiler, or it refuses.
+    """
+    return _compiled("ptx", source, [f"-arch=compute_{capability}"])[0].rstrip(b"\0")
+
+
+def _compiled(kind: Literal["cubin", "ptx"], source: str, options: list[str]) -> tuple[bytes, str]:
     compiler = _compiler()
     if not compiler:
         raise CudaError("the CUDA step needs a compiler: pip install cuda-bindings nvidia-cuda-nvrtc, or have nvcc")
-    every = [f"-arch=sm_{capability}", *options]
-    return _by_nvcc(every) if compiler == "nvcc" else _by_nvrtc(every)
+    return _by_nvcc(kind, source, options) if compiler == "nvcc" else _by_nvrtc(kind, source, options)
 
 
 def _compiler() -> str:
@@ -198,11 +212,14 @@ def _compiler() -> str:
     return "nvcc" if shutil.which("nvcc") else ""
 
 
-def _by_nvrtc(options: list[str]) -> tuple[bytes, str]:
+def _by_nvrtc(kind: str, source: str, options: list[str]) -> tuple[bytes, str]:
     from cuda.bindings import nvrtc
 
-    header, source = ((_FOLDER / name).read_bytes() for name in ("fewstep_step.h", "cuda.cu"))
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"cuda.cu", 1, [header], [b"fewstep_step.h"]))
+    header, text = ((_FOLDER / name).read_bytes() for name in ("fewstep_step.h", source))
+    program = _checked(nvrtc.nvrtcCreateProgram(text, source.encode(), 1, [header], [b"fewstep_step.h"]))
+    get_size, get = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN
+    if kind == "ptx":
+        get_size, get = nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX
     with _destroyed(program):
         every = [option.encode() for option in [*options, "--ptxas-options=-v"]]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(every), every)
@@ -210,9 +227,9 @@ def _by_nvrtc(options: list[str]) -> tuple[bytes, str]:
         nvrtc.nvrtcGetProgramLog(program, said)
         told = said.rstrip(b"\0 ").decode(errors="replace")
         if int(status):
-            raise CudaError(f"NVRTC does not compile the fused step for {options[0]}: {told or status.name}")
-        made = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-        nvrtc.nvrtcGetCUBIN(program, made)
+            raise CudaError(f"NVRTC does not compile {source} for {options[0]}: {told or status.name}")
+        made = b" " * _checked(get_size(program))
+        get(program, made)
         return made, told
 
 
@@ -233,13 +250,13 @@ def _destroyed(program: Any) -> Iterator[None]:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def _by_nvcc(options: list[str]) -> tuple[bytes, str]:
+def _by_nvcc(kind: str, source: str, options: list[str]) -> tuple[bytes, str]:
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "step.cubin"
-        command = ["nvcc", "-cubin", "-O3", "-Xptxas", "-v", *options, "-o", str(out), str(_FOLDER / "cuda.cu")]
+        out = Path(folder) / f"made.{kind}"
+        command = ["nvcc", f"-{kind}", "-O3", "-Xptxas", "-v", *options, "-o", str(out), str(_FOLDER / source)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
-            raise CudaError(f"nvcc does not compile the fused step for {options[0]}: {done.stderr.strip()}")
+            raise CudaError(f"nvcc does not compile {source} for {options[0]}: {done.stderr.strip()}")
         return out.read_bytes(), done.stderr
 
 

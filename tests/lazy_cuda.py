@@ -39,33 +39,60 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-#include "cuda.cu"
-#define RUN(NAME) \
+#define RUN(NAME, ...) \
   if (!strcmp(name, #NAME)) \
     for (blockIdx.y = 0; blockIdx.y < rows; blockIdx.y++) \
       for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) \
-        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) \
-          NAME(table, row_bytes, row, elements, slots, x, history, raw, uncond, guidance, seed, network_input);
+        for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++) NAME(__VA_ARGS__);
+"""
+
+STEP = r"""
+#include "cuda.cu"
+#define STEP(NAME) \
+  RUN(NAME, table, row_bytes, row, elements, slots, x, history, raw, uncond, guidance, seed, network_input)
 extern "C" void launch(const char* name, long blocks, long rows, long threads, FEWSTEP_ARGUMENTS) {
   blockDim.x = threads;
-  RUN(fewstep_step_1_whole) RUN(fewstep_step_2_whole) RUN(fewstep_step_4_whole) RUN(fewstep_step_8_whole)
-  RUN(fewstep_step_1_any) RUN(fewstep_step_2_any) RUN(fewstep_step_4_any) RUN(fewstep_step_8_any)
+  STEP(fewstep_step_1_whole) STEP(fewstep_step_2_whole) STEP(fewstep_step_4_whole) STEP(fewstep_step_8_whole)
+  STEP(fewstep_step_1_any) STEP(fewstep_step_2_any) STEP(fewstep_step_4_any) STEP(fewstep_step_8_any)
 }
 """
+
+UPDATE = r"""
+#include "update.cu"
+extern "C" void launch(const char* name, long blocks, long rows, long threads, const float* x, const float* raw,
+                       const float* noise, const float* history, const float* weights, int elements, int slots,
+                       float* x_out, float* history_out, float* network_input) {
+  blockDim.x = threads;
+  RUN(fewstep_update, x, raw, noise, history, weights, elements, slots, x_out, history_out, network_input)
+}
+"""
+
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_longlong
+GRID = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_long]
 
 
 def emulate(folder: Path, network: cuda.Network, fast: bool = False) -> Any:
     """``launch(name, blocks, rows, threads, *arguments of the kernel)`` of one build of the CUDA source, on the CPU."""
-    source, library = folder / "emulated.cpp", folder / f"{network}-{fast}.so"
+    defines = [f"-DFEWSTEP_NETWORK={cuda.NETWORKS.index(network)}", f"-DFEWSTEP_FAST_NOISE={int(fast)}"]
+    launch = _built(folder, f"{network}-{fast}", STEP, defines)
+    launch.argtypes = [*GRID, POINTER, NUMBER, POINTER, NUMBER, ctypes.c_int, *[POINTER] * 7]
+    return launch
+
+
+def emulate_update(folder: Path) -> Any:
+    """The same of the plugin's kernel."""
+    launch = _built(folder, "update", UPDATE, [])
+    launch.argtypes = [*GRID, *[POINTER] * 5, ctypes.c_int, ctypes.c_int, *[POINTER] * 3]
+    return launch
+
+
+def _built(folder: Path, name: str, text: str, defines: list[str]) -> Any:
+    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
     if not library.exists():
-        source.write_text(STAND_INS)
+        source.write_text(STAND_INS + text)
         flags = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", f"-I{KERNELS}"]
-        defines = [f"-DFEWSTEP_NETWORK={cuda.NETWORKS.index(network)}", f"-DFEWSTEP_FAST_NOISE={int(fast)}"]
         subprocess.run(["g++", *flags, *defines, str(source), "-o", str(library)], check=True, timeout=120)
     launch = ctypes.CDLL(str(library)).launch
-    pointer, number = ctypes.c_void_p, ctypes.c_longlong
-    grid: list[Any] = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_long]
-    launch.argtypes = [*grid, pointer, number, pointer, number, ctypes.c_int, *[pointer] * 7]
     launch.restype = None
     return launch
 

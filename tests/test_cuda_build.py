@@ -164,7 +164,7 @@ def test_it_compiles_for_every_architecture_without_spills(capability: str, netw
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_nvcc_takes_the_same_source() -> None:
-    made, said = cuda._by_nvcc(["-arch=sm_80", "-DFEWSTEP_NETWORK=1", "-DFEWSTEP_FAST_NOISE=0"])
+    made, said = cuda._by_nvcc("cubin", "cuda.cu", ["-arch=sm_80", "-DFEWSTEP_NETWORK=1", "-DFEWSTEP_FAST_NOISE=0"])
     assert made[:4] == b"\x7fELF"
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == 8, said
 

@@ -34,11 +34,11 @@ def session(model: onnx.ModelProto, has_kernel: bool, optimised: Path | None = N
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def one_update(slots: int) -> onnx.ModelProto:
+def one_update(slots: int, shape: tuple[int, ...] = (2, 3, 5)) -> onnx.ModelProto:
     """A model of one operator and nothing else."""
     shapes: dict[str, list[str | int | None]] = {
-        "x": ["rows", 2, 3, 5], "raw": ["rows", 2, 3, 5], "noise": ["rows", 2, 3, 5],
-        "history": ["rows", slots, 2, 3, 5], "weights": ["rows", len(COLUMNS) + 2 * slots],
+        "x": ["rows", *shape], "raw": ["rows", *shape], "noise": ["rows", *shape],
+        "history": ["rows", slots, *shape], "weights": ["rows", len(COLUMNS) + 2 * slots],
     }  # fmt: skip
     inputs = [helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items()]
     made = [("x_", shapes["x"]), ("history_", shapes["history"]), ("network_input", shapes["x"])]
