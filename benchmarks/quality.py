@@ -61,7 +61,7 @@ RECIPES = (  # in the order of the page, and in which they are run
     "digits-parameter-moments", "digits-output", "digits-guided-stochastic", "digits-dkdm-transformer",
 )  # fmt: skip
 
-FASHION_RECIPES = ("fashion-mnist-mm4", "fashion-mnist-guided", "fashion-mnist-consistency", "fashion-mnist-dkdm")
+FASHION_RECIPES = ("fashion-mnist-mm4", "fashion-mnist-guided", "fashion-mnist-consistency")
 FASHION_TEACHER = "fashion-mnist-teacher"  # which they share: its figures' folder, and its bundle with fitted tables
 
 CLAIMS = {  # by method: the paper's claim, and what digits can and cannot say of it
