@@ -230,7 +230,7 @@ def capacity(
         float | None,
         typer.Option(min=0, help="A request's time outside the engine.", show_default="measured, or 0"),
     ] = None,
-    measure: Annotated[float, typer.Option(help="URL, bundle: seconds of each of the three loads.")] = 5.0,
+    measure: Annotated[float, typer.Option(help="URL, bundle: seconds of each of nine loads.")] = 2.0,
     model: Annotated[str | None, typer.Option(help="URL: the model to ask for.", show_default="the first")] = None,
     key: Annotated[
         str | None, typer.Option(help="URL: API key, sent as a bearer token.", envvar="FEWSTEP_API_KEY")

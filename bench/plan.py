@@ -68,7 +68,7 @@ def plan(
         replica = Replica(Cost.parse(target), max_rows or 16, max_waiting)
     else:
         address = address_of(target, model=model, key=key, max_rows=max_rows or 16, threads=threads)
-        told.print(f"Measuring {target}: three loads of {measure_s:g} s")
+        told.print(f"Measuring {target}: three loads, each three times {measure_s:g} s")
         replica = measured(
             address,
             seconds=measure_s,

@@ -3,7 +3,7 @@
     python benchmarks/capacity.py --json docs/results/capacity.json
 
 ``simulated``: a server with the **simulated** accelerator of 40 + n ms a call, asked by HTTP. ``student``: the embedded
-student on one thread of the CPU. Each is measured as `fewstep capacity URL` does, by three closed loops; the
+student on one thread of the CPU. Each is measured as `fewstep capacity URL` does, by closed loops; the
 simulation knows these figures and nothing else. Then come the loads of `LOADS`, their rates as shares of what full
 calls would do, each on the server and in the simulation; the p50 and the p99 of the two are compared. A round
 measures anew.
@@ -76,7 +76,7 @@ def main() -> None:
 def one_round(url: str, seconds: float, seed: int) -> dict[str, Any]:
     """A server measured, and each load on it and in the simulation."""
     address = address_of(url)
-    replica = measured(address, seconds=5.0)
+    replica = measured(address)
     most = most_of(workload(MIX, rate=1), replica)
     held: dict[str, Any] = {"replica": dataclasses.asdict(replica), "most_per_s": most, "loads": {}}
     for name, (share, more) in LOADS.items():
