@@ -6,6 +6,7 @@ Each proof is sized by PROOF_SCALE. At 1 it is the full one, which ``make proofs
 
 import asyncio
 import base64
+import hashlib
 import http.client
 import itertools
 import json
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
@@ -38,7 +40,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from fewstep.runtime import Bundle, Engine, Request, Tableau
+from fewstep.runtime import Bundle, Engine, Request, Sample, Tableau
 from fewstep.runtime.pictures import encode
 from fewstep.runtime.simulated import simulated
 
@@ -536,6 +538,52 @@ def test_memory_stays_flat_over_many_requests(serving: Serving, make_bundle: Cal
     note("soak", requests=num, rss_mb=round(rss / 1e6, 1), rss_growth=round(grown, 4), threads=threads)
     assert grown <= 0.05
     assert connections < 20
+
+
+# --- the same bits in any company
+
+
+def test_ten_thousand_compositions_change_no_request() -> None:
+    """Both embedded students: any of their tables, seeds, labels and guidance, joining at any step, in any batch.
+
+    For every day a hundred: `test_engine` has twelve hundred of small students.
+    """
+    rng, total = np.random.default_rng(11), 10_000 if SCALE >= 1 else 100
+    compared, rows = 0, Counter[int]()
+    for bundle in map(Bundle.load, (None, "fashion-mnist-teacher")):
+        tables = [tableau for tableau in bundle.tableaus.values() if tableau.num_steps <= 4]
+        low, high = bundle.manifest.guidance.minimum, bundle.manifest.guidance.maximum
+        plans = [
+            Request(
+                int(rng.integers(2**64, dtype=np.uint64)), tables[rng.integers(len(tables))],
+                int(rng.integers(10)), float(rng.uniform(low, high)),
+            )
+            for _ in range(60)
+        ]  # fmt: skip
+        single = Engine(bundle, max_rows=1, threads=1)
+        alone = [picture_sha256(sample) for sample in single.generate(plans)]
+        engines = [Engine(bundle, max_rows=size, threads=threads) for size, threads in ((2, 1), (5, 2), (16, 1))]
+        for number in range(total // 2):
+            engine = engines[number % len(engines)]
+            futures: list[tuple[int, Future[Sample]]] = []
+            for _ in range(int(rng.integers(1, 4))):
+                chosen = rng.integers(len(plans), size=rng.integers(1, 4)).tolist()
+                futures += zip(chosen, engine.submit([plans[i] for i in chosen]), strict=True)
+                for _ in range(int(rng.integers(0, 3))):
+                    engine.step()
+                    rows[engine.num_running] += 1
+            while engine.step():
+                pass
+            for i, future in futures:
+                assert picture_sha256(future.result(0)) == alone[i], f"{bundle.name}, composition {number}, {plans[i]}"
+                compared += 1
+    note("compositions", compositions=total // 2 * 2, compared=compared, other=0)
+    assert compared > total
+    assert len(rows) > 3
+
+
+def picture_sha256(sample: Sample) -> str:
+    return hashlib.sha256(encode(sample.to_uint8())).hexdigest()
 
 
 # --- leaving
