@@ -9,7 +9,6 @@ medians over the rounds.
 """
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -19,16 +18,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+from fewstep.deploy.perf_analyzer import perf_analyzer
 from fewstep.deploy.triton_repository import VARIANTS, write_model
 from fewstep.deploy.triton_server import Environment, free_ports, running
-from fewstep.kernels.native import cache_folders
 from fewstep.runtime import Bundle
 
 MIX = "steps=1:0.3, steps=4:0.4, steps=8:0.3"
 INPUTS = [{"STEPS": [steps], "LABEL": [i % 10], "SEED": [i]} for i, steps in enumerate((1, 4, 8, 4, 1, 4, 8, 4, 1, 8))]
-PERF_ANALYZER = "tritonclient==2.41.1"  # the last one whose wheel has it
 Figures = dict[str, float]
 
 
@@ -71,7 +70,8 @@ def main() -> None:
                         "closed": bench(address, model, options.seconds, "--clients", str(options.clients)),
                     }
                     if arm != "iterative":  # it would mark each request as a whole sequence, which ends rescheduling
-                        made[arm]["perf_analyzer"] = perf_analyzer(environment, address, model, options)
+                        seen = perf_analyzer(environment, address, model, INPUTS, clients=options.clients)
+                        made[arm]["perf_analyzer"] = asdict(seen)
                     told = {load: {k: round(v, 1) for k, v in each.items()} for load, each in made[arm].items()}
                     print(f"round {i + 1}, {arm}: {told}", flush=True)
                 rounds.append({arm: made[arm] for arm in arms})
@@ -138,36 +138,6 @@ def bench(address: str, model: str, seconds: float, *load: str) -> Figures:
         "errors": float(sum(total["errors"].values())),
     }
     return figures
-
-
-def perf_analyzer(environment: Environment, address: str, model: str, options: argparse.Namespace) -> Figures:
-    """One run of NVIDIA's own load generator."""
-    tool = cache_folders()[0] / "perf-analyzer"
-    if not (tool / "bin" / "perf_analyzer").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tool], check=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(tool / "bin" / "python"), "install", "--quiet", "--no-deps"]
-        subprocess.run([*pip, PERF_ANALYZER], check=True)
-        # What it is linked to comes with the server, under longer names.
-        server = next((environment.folder / "python" / "lib").glob("*/site-packages/nvidia_pytriton.libs"))
-        for name, pattern in (("libb64.so.0d", "libb64-*"), ("libcudart.so.12", "libcudart-*")):
-            (tool / "lib" / name).symlink_to(next(server.glob(pattern)))
-    with tempfile.TemporaryDirectory() as place:
-        data, report = Path(place) / "inputs.json", Path(place) / "report.csv"
-        data.write_text(json.dumps({"data": INPUTS}))
-        command = [str(tool / "bin" / "perf_analyzer"), "-m", model, "-u", address, "-i", "grpc", "-f", str(report)]
-        command += ["--concurrency-range", str(options.clients), "--percentile", "99", "--input-data", str(data)]
-        command += ["--measurement-mode", "count_windows", "--measurement-request-count", "200"]
-        command += ["--max-trials", "3", "--stability-percentage", "900"]  # the rounds tell how stable it is
-        variables = {**os.environ, "LD_LIBRARY_PATH": str(tool / "lib")}
-        done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if not report.exists():
-            raise SystemExit(f"perf_analyzer: {model}: {done.stdout[-2000:]}")
-        (row,) = csv.DictReader(report.open())
-    return {
-        "images_per_s": float(row["Inferences/Second"]),
-        "p50_ms": float(row["p50 latency"]) / 1000,
-        "p99_ms": float(row["p99 latency"]) / 1000,
-    }
 
 
 if __name__ == "__main__":

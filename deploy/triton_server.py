@@ -111,7 +111,7 @@ class Environment:
     def variables(self) -> dict[str, str]:
         """The process environment that the command needs."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        libraries = [sysconfig.get_config_var("LIBDIR") or "", str(self._packages / "nvidia_pytriton.libs")]
+        libraries = [sysconfig.get_config_var("LIBDIR") or "", str(self.libraries)]
         paths = [str(self.python.parent), kept.get("PATH", os.defpath)]
         return {
             **kept,
@@ -137,6 +137,11 @@ class Environment:
         if int(done.stdout.split(".")[0]) > 1:
             told = f"has numpy {done.stdout.strip()}; this server needs numpy 1.26, with 2 its outputs are empty"
             raise TritonError(f"{self.python}: {told}; {again}")
+
+    @property
+    def libraries(self) -> Path:
+        """The shared libraries that came with the server."""
+        return self._packages / "nvidia_pytriton.libs"
 
     @property
     def _packages(self) -> Path:

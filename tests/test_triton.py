@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -29,9 +29,10 @@ from PIL import Image
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import InferenceServerException
 
+from fewstep.deploy.perf_analyzer import perf_analyzer
 from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
 from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, write_model
-from fewstep.deploy.triton_server import Environment, NoTritonHere, TritonError, read_repository, running
+from fewstep.deploy.triton_server import Environment, NoTritonHere, TritonError, free_ports, read_repository, running
 from fewstep.runtime import Bundle, Engine, Request
 
 Pixels = NDArray[np.uint8]
@@ -60,6 +61,7 @@ class Where:
     http: str
     grpc: str
     standalone: str
+    standalone_grpc: str
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +99,12 @@ def where(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Where]:
     log = tmp_path_factory.mktemp("triton") / "log"
+    (grpc_port,) = free_ports(1)
     with (
-        serving(make_bundle(), make_bundle(is_guided=True), "--no-grpc") as (_, (host, port)),
+        serving(make_bundle(), make_bundle(is_guided=True), "--grpc-port", str(grpc_port)) as (_, (host, port)),
         running(environment, repository, log) as (http, grpc),
     ):
-        yield Where(http, grpc, f"{host}:{port}")
+        yield Where(http, grpc, f"{host}:{port}", f"{host}:{grpc_port}")
 
 
 def inputs(module: Any, asked: dict[str, Any]) -> list[Any]:
@@ -254,6 +257,19 @@ def test_what_cannot_be_answered_is_refused_in_one_line_and_the_next_is_not(
         assert "\n" not in str(refused.value.message())
         assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
         client.infer(f"digits-{variant}", inputs(triton_grpc, {"LABEL": 1}))
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_perf_analyzer_loads_the_standalone_server_and_a_variant(
+    environment: Environment, where: Where, protocol: Literal["http", "grpc"]
+) -> None:
+    """NVIDIA's own load generator, unchanged: it reads metadata and configuration, asks, and reads statistics."""
+    asked = [{"STEPS": [steps], "LABEL": [steps], "SEED": [steps]} for steps in (1, 2, 4, 8)]
+    addresses = {"http": (where.standalone, where.http), "grpc": (where.standalone_grpc, where.grpc)}[protocol]
+    for address, model in zip(addresses, ("digits", "digits-loop"), strict=True):
+        seen = perf_analyzer(environment, address, model, asked, protocol=protocol, clients=4, requests=40)
+        assert seen.images_per_s > 1
+        assert 0 < seen.p50_ms <= seen.p99_ms
 
 
 def test_a_client_may_call_its_request_a_sequence(where: Where) -> None:
