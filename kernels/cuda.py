@@ -1,7 +1,7 @@
 """The CUDA build of the fused step: compiled for the GPU at hand when first used, and kept.
 
 NVRTC compiles ``cuda.cu`` to a cubin (nvcc does where NVRTC is not installed), which stands in the user's cache folder
-under the hash of source, options, compiler and architecture, with its own hash in front: a file that was torn
+under the hash of source, options, compiler and architecture, with its own hash behind it: a file that was torn
 or altered is compiled again. CuPy holds the arrays, the stream and the loaded module; it is imported when a
 `CudaStep` is made and not before.
 
@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .native import cache_folders
+from .native import cache_folders, keep, read_kept
 
 log = logging.getLogger("fewstep")
 
@@ -152,16 +152,13 @@ def cubin(capability: str, network: Network = "float32", noise: Noise = "exact")
         key.update((_FOLDER / source).read_bytes())
     name = f"fewstep-cuda-{capability}-{key.hexdigest()[:24]}.cubin"
     for folder in cache_folders():
-        kept = _read(folder / name)
+        kept = read_kept(folder / name)
         if kept is not None:
             return kept
     made = compile_cubin(capability, options)[0]
     for folder in cache_folders():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                file.write(hashlib.sha256(made).digest() + made)
-            Path(file.name).replace(folder / name)  # whole or not at all, whoever else compiles it now
+            keep(folder / name, made)
             return made
         except OSError as error:  # a folder that cannot be written: try the next, at last keep nothing
             log.info("%s is not kept: %s", name, error)
@@ -258,12 +255,3 @@ def _by_nvcc(kind: str, source: str, options: list[str]) -> tuple[bytes, str]:
         if done.returncode:
             raise CudaError(f"nvcc does not compile {source} for {options[0]}: {done.stderr.strip()}")
         return out.read_bytes(), done.stderr
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        kept = path.read_bytes()
-    except OSError:
-        return None
-    digest, made = kept[:32], kept[32:]
-    return made if hashlib.sha256(made).digest() == digest else None

@@ -106,7 +106,7 @@ def built(source: str) -> Path | None:
         key.update((_FOLDER / name).read_bytes())
     name = f"fewstep-{Path(source).stem}-{key.hexdigest()[:24]}.so"
     for folder in cache_folders():
-        if (folder / name).is_file():
+        if read_kept(folder / name) is not None:
             return folder / name
         compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
         if compiler is None:
@@ -118,11 +118,34 @@ def built(source: str) -> Path | None:
                 library = Path(made) / name
                 command = [compiler, *_FLAGS, "-o", str(library), str(_FOLDER / source)]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
-                library.replace(folder / name)  # whole or not at all, whoever else builds it now
+                keep(folder / name, library.read_bytes())  # a loader passes over what stands behind a library
             return folder / name
         except OSError:  # a folder that cannot be written: try the next
             continue
     return None
+
+
+def keep(path: Path, made: bytes) -> None:
+    """Write what was compiled, with its hash behind it: whole or not at all, whoever else writes it now.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        file.write_bytes(made + hashlib.sha256(made).digest())
+        file.replace(path)
+
+
+def read_kept(path: Path) -> bytes | None:
+    """What `keep` wrote; None where there is nothing, or what is there was torn or altered."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    made, digest = kept[:-32], kept[-32:]
+    return made if hashlib.sha256(made).digest() == digest else None
 
 
 def cache_folders() -> list[Path]:
