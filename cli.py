@@ -338,14 +338,15 @@ def inspect(bundle: BundleArgument = None) -> None:
         facts.add_row(fact.replace("_", " "), value)
     console.print(facts)
     table = Table("solver", "steps", "form", "history", "noise", "sha256", title="Tables", title_justify="left")
-    default = (manifest.default_tableau.solver, manifest.default_tableau.num_steps)
-    for key, tableau in sorted(loaded.tableaus.items()):
-        star = " *" if key == default else ""
+    default = manifest.default_tableau
+    for (solver, steps), tableau in sorted(loaded.tableaus.items()):
+        star = " *" if solver == default.solver_for(steps) else ""
+        star += "*" if star and steps == default.num_steps else ""
         noise = "fresh" if tableau.is_stochastic else "none"
         numbers = (str(tableau.num_steps), tableau.form, str(tableau.history), noise, tableau.sha256[:12])
         table.add_row(tableau.name + star, *numbers)
     console.print(table)
-    console.print("* the default. Every file has the hash its manifest says.")
+    console.print("* the default of its number of steps; ** of all. Every file has the hash its manifest says.")
 
 
 @app.command()
@@ -386,11 +387,8 @@ def fit(
     seed: Annotated[int, typer.Option(help="Which noise to fit on.")] = 0,
     sigmas: Annotated[str | None, typer.Option(help="LAST,FIRST noise-to-signal ratio; as in the tables.")] = None,
     history: Annotated[int, typer.Option(help="rows, end-to-end: predictions that a row may read.")] = 4,
-    ridge: Annotated[float | None, typer.Option(help="dode, rows: how strongly to stay near the base.")] = None,
-    iterations: Annotated[int, typer.Option(help="end-to-end: updates.")] = 300,
-    batch: Annotated[int, typer.Option(help="end-to-end: trajectories of an update.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="end-to-end: of the first update.")] = 0.02,
-    checkpoint: Annotated[Path | None, typer.Option(help="end-to-end: the network, if not in the bundle.")] = None,
+    ridge: Annotated[float | None, typer.Option(help="How strongly rows stay near the base.")] = None,
+    iterations: Annotated[int, typer.Option(help="end-to-end: linearisations.")] = 6,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
 ) -> None:
     """Fit a solver's table to a bundle's network, which stays as it is."""
@@ -400,8 +398,6 @@ def fit(
     from .runtime import Bundle
     from .training.fitting import Settings, fit_bundle
 
-    if method == "end-to-end":
-        _need_torch("fit --method end-to-end")
     settings = Settings(
         _one_of("--method", method, ("dode", "rows", "end-to-end")),
         solver,
@@ -417,8 +413,6 @@ def fit(
         seed=seed,
         sigma_range=_two_numbers("--sigmas", sigmas),
         iterations=iterations,
-        batch=batch,
-        learning_rate=learning_rate,
     )
     if not output.parent.is_dir():
         _stop(f"--output: there is no folder {output.parent}")
@@ -429,7 +423,6 @@ def fit(
         made = fit_bundle(
             loaded,
             settings,
-            checkpoint=checkpoint,
             threads=threads,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -519,12 +512,13 @@ def table_diff(
 def table_add(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     files: Annotated[list[Path], typer.Argument(help="Table files; one of the same name and steps is replaced.")],
+    default: Annotated[bool, typer.Option("--default", help="Requests for so many steps get them.")] = False,
 ) -> None:
     """Put tables into a bundle, each checked against its network first."""
     from .runtime import Tableau
     from .runtime.bundle import add_tables
 
-    loaded = add_tables(bundle, [Tableau.load(file) for file in files])
+    loaded = add_tables(bundle, [Tableau.load(file) for file in files], default)
     print(f"{bundle}: {loaded.name} has {len(loaded.tableaus)} tables")
 
 

@@ -5,8 +5,9 @@
     python benchmarks/fit_tables.py fashion --bundle FOLDER
     python benchmarks/fit_tables.py recorded                    what the embedded teacher's tables say of themselves
 
-Each adds its part to docs/results/fitting.json. Every number is over seeds of the noise that is fitted on and of the
-noise that is measured on, both fresh each time: mean and standard deviation. ``recorded`` fits nothing: it gathers what
+Each adds its part to docs/results/fitting.json; of a bundle, what was asked for takes the place of what stood there
+for the same guidance, solver, steps and arm. Every number is over seeds of the noise that is fitted on and of the noise
+that is measured on, both fresh each time: mean and standard deviation. ``recorded`` fits nothing: it gathers what
 ``fewstep fit`` measured and wrote into each table when it was made.
 """
 
@@ -29,12 +30,11 @@ from fewstep.runtime.schedules import Level, Levels, karras
 from fewstep.runtime.solvers import SOLVERS
 from fewstep.training.evaluate import Judge, frechet, make_judge
 from fewstep.training.exact import Mixture
-from fewstep.training.fitting import METHODS, Method, Network, Samples, Teacher, fit, fit_rows, follow
+from fewstep.training.fitting import METHODS, Network, Samples, Teacher, fit, fit_rows, follow
 from fewstep.training.fitting.bundles import levels_of, network_of
 from fewstep.training.fitting.closed_form import direction_of
 from fewstep.training.fitting.end_to_end import EndToEnd
 from fewstep.training.fitting.fit import RIDGES, rms
-from fewstep.training.fitting.torch_network import torch_network
 from fewstep.training.images import load_images
 from fewstep.training.recipe import recipe_from
 
@@ -51,12 +51,12 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8])
     parser.add_argument("--solvers", nargs="+", default=["ddim", "dpmpp_2m"])
-    parser.add_argument("--methods", nargs="+", default=["dode", "rows", "end-to-end"], choices=METHODS)
+    parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS)
     parser.add_argument("--classifier", type=Path, help="also judge samples, by this feature network")
     parser.add_argument("--data", type=Path, help="its images, if not where the bundle's recipe says")
     parser.add_argument("--judged", type=int, default=500, help="samples that are judged")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--guidance", type=float, default=None)
     asked = parser.parse_args()
@@ -99,6 +99,26 @@ def recorded(loaded: Bundle) -> dict[str, Any]:
     return {"bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "rows": rows}
 
 
+def joined(part: str, results: dict[str, Any]) -> dict[str, Any]:
+    """A bundle's results, and of those that stand there already the arms that were not measured again.
+
+    What was measured on other weights, by another classifier or on other samples is dropped.
+    """
+    held = (json.loads(OUT.read_text("utf-8")) if OUT.exists() else {}).get(part, {})
+    same = ("weights_sha256", "classifier_sha256", "samples", "judged", "seeds")
+    if any(held.get(name) != results[name] for name in same):
+        return results
+    rows = {key(row): row for row in held["rows"]}
+    for row in results["rows"]:
+        rows[key(row)] = rows.get(key(row), {}) | row
+    return results | {"rows": [rows[name] for name in sorted(rows)]}
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of."""
+    return tuple(row[name] for name in ("guidance", "solver", "steps"))
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Mean and standard deviation."""
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
@@ -115,15 +135,6 @@ def mixture(seeds: int) -> dict[str, Any]:
         return exact.x0(x, 1.0, float(np.exp(4 * level.t)))
 
     network = Network(Prediction("x0"), told)
-    means, scales = torch.tensor(exact.means), torch.tensor(exact.scales)
-    log_weights = torch.tensor(np.log(exact.weights))
-
-    def in_torch(x: torch.Tensor, _: Any, __: Any, t: torch.Tensor, ___: Samples) -> torch.Tensor:
-        variance = scales**2 + torch.exp(8 * t)
-        off = x[:, None, :] - means
-        log_weight = log_weights - ((off**2).sum(-1) / variance + 16 * torch.log(variance)) / 2
-        shrunk = means + (scales**2 / variance)[:, None] * off
-        return (torch.softmax(log_weight, -1)[..., None] * shrunk).sum(1)
 
     def moments(x: Array) -> tuple[Array, Array]:
         return x.mean(0), np.cov(x, rowvar=False)
@@ -163,9 +174,10 @@ def mixture(seeds: int) -> dict[str, Any]:
                     learn = Samples(
                         np.random.default_rng(seed).standard_normal((512 if method == METHODS[2] else 100, 16))
                     )
-                    how = EndToEnd(in_torch, Prediction("x0"), 400, 128, 0.03, seed)
                     start_s = time.process_time()
-                    made = fit(network, levels, solver, method, learn, Samples(learn.noise[:2]), end_to_end=how)
+                    made = fit(
+                        network, levels, solver, method, learn, Samples(learn.noise[:2]), end_to_end=EndToEnd(15)
+                    )
                     took.append(time.process_time() - start_s)
                     tables.append(made.table)
                 cells[method] = {**measure(tables), "cpu_seconds": spread(took)}
@@ -187,17 +199,6 @@ def mixture(seeds: int) -> dict[str, Any]:
 ARMS = ("dode local", "dode", "rows", "end-to-end")
 
 
-class Kept(Teacher):
-    """A teacher that is run once for all methods that aim at it from the same noise."""
-
-    def trajectory(self, samples: Samples) -> list[Any]:
-        """See `Teacher`."""
-        kept: dict[int, list[Any]] = self.__dict__.setdefault("kept", {})
-        if id(samples) not in kept:
-            kept[id(samples)] = super().trajectory(samples)
-        return kept[id(samples)]
-
-
 def bundle(asked: argparse.Namespace, start_s: float) -> dict[str, Any]:
     """All ways to fit a bundle's network: distance to the teacher's end, and Frechet distance to the data.
 
@@ -210,9 +211,9 @@ def bundle(asked: argparse.Namespace, start_s: float) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     results = {
         "bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "samples": asked.samples, "seeds": asked.seeds,
-        "guidance": guidance, "judged": asked.judged if judge else 0,
+        "judged": asked.judged if judge else 0,
         "classifier_sha256": judge.sha256 if judge else "",
-        "end_to_end": f"Adam, {asked.iterations} updates of 16", "rows": rows,
+        "rows": rows,
     }  # fmt: skip
     for steps in asked.steps:
         cells: dict[str, dict[str, list[dict[str, float]]]] = {solver: {} for solver in asked.solvers}
@@ -220,12 +221,12 @@ def bundle(asked: argparse.Namespace, start_s: float) -> dict[str, Any]:
             levels = levels_of(loaded, "ddim", steps)
             samples, fresh = (samples_of(loaded, seed, k, asked.samples) for k in (False, True))
             many = samples_of(loaded, seed, True, asked.judged)
-            aim = Kept(levels, network, "dpmpp_2m", 10)
+            aim = Teacher(levels, network, "dpmpp_2m", 10)
             wanted = aim.trajectory(fresh)[-1]
             for solver in asked.solvers:
                 base = SOLVERS[solver](levels)
-                for arm in ("base", *ARMS):
-                    if arm == "end-to-end" and (solver != "ddim" or arm not in asked.methods):
+                for arm in ("base", *asked.arms):
+                    if arm == "end-to-end" and solver != "ddim":
                         continue
                     start_s = time.process_time()
                     table = (
@@ -240,30 +241,31 @@ def bundle(asked: argparse.Namespace, start_s: float) -> dict[str, Any]:
                     said = "  ".join(f"{name} {value:.3f}" for name, value in cell.items())
                     print(f"{solver} {steps}, seed {seed}, {arm}: {said}", flush=True)
         for solver, arms in cells.items():
-            gathered = {
+            gathered: dict[str, dict[str, Any]] = {
                 arm: {name: spread([cell[name] for cell in found]) for name in found[0]} for arm, found in arms.items()
             }
-            rows.append({"solver": solver, "steps": steps, **gathered})
-        keep(asked.part, results, start_s)
-    return results
+            if "end-to-end" in gathered:
+                gathered["end-to-end"]["optimiser"] = f"Levenberg-Marquardt from rows, {asked.iterations} iterations"
+            rows.append({"guidance": guidance, "solver": solver, "steps": steps, **gathered})
+        keep(asked.part, joined(asked.part, results), start_s)
+    return joined(asked.part, results)
 
 
 def fitted(
     arm: str, loaded: Bundle, base: Tableau, levels: Levels, samples: Samples, aim: Teacher, network: Network,
     seed: int, asked: argparse.Namespace,
 ) -> Tableau:  # fmt: skip
-    """One table; the teacher's own trajectory is not counted where another arm has made it."""
+    """One table; the teacher's own trajectory is counted for the first arm that needs it."""
     if arm == "base":
         return base
-    if arm == "end-to-end":
-        torch_side = torch_network(loaded, asked.guidance or loaded.manifest.guidance.default, None, 1)
-        how = EndToEnd(torch_side, loaded.manifest.output.prediction(), asked.iterations, 16, 0.05, seed)
-        return how.fit(base, levels, samples, aim.trajectory(samples)[-1], 4).table
-    method: Method = "rows" if arm == "rows" else "dode"
-    return fit_rows(
+    along = direction_of(base.name) if arm.startswith("dode") else None
+    rows = fit_rows(
         base, network, samples, aim, target="local" if arm == "dode local" else "global",
-        direction=direction_of(base.name) if method == "dode" else None, history=4, ridge=RIDGES[method],
+        direction=along, history=4, ridge=RIDGES["dode" if along else "rows"],
     ).table  # fmt: skip
+    if arm != "end-to-end":
+        return rows
+    return EndToEnd(asked.iterations).fit(rows, levels, network, samples, aim.trajectory(samples)[-1], 4).table
 
 
 def samples_of(loaded: Bundle, seed: int, is_fresh: bool, count: int) -> Samples:

@@ -112,6 +112,11 @@ class TableauChoice(_Strict):
 
     solver: str
     num_steps: int
+    by_steps: dict[int, str] = {}  # the solver for a number of steps, where it is another
+
+    def solver_for(self, num_steps: int) -> str:
+        """The solver of a request that says no more than its number of steps."""
+        return self.by_steps.get(num_steps, self.solver)
 
 
 class EngineFile(_Strict):
@@ -218,10 +223,11 @@ class Bundle:
             ValueError: there is none; the message lists those there are.
         """
         default = self.manifest.default_tableau
-        if solver is None and num_steps is not None and (default.solver, num_steps) not in self.tableaus:
+        usual = default.solver_for(num_steps or default.num_steps)
+        if solver is None and num_steps is not None and (usual, num_steps) not in self.tableaus:
             others = [name for name, steps in self.tableaus if steps == num_steps]
             solver = others[0] if others else None
-        key = (solver or default.solver, num_steps or default.num_steps)
+        key = (solver or usual, num_steps or default.num_steps)
         if solver is not None and num_steps is None and key not in self.tableaus:
             steps = [s for name, s in self.tableaus if name == solver]
             key = (solver, min(steps, key=lambda s: abs(s - default.num_steps))) if steps else key
@@ -296,8 +302,9 @@ class Bundle:
                 raise BundleError(f"{path / name}: a second table for {key[0]} with {key[1]} steps")
             tableaus[key] = tableau
         default = manifest.default_tableau
-        if (default.solver, default.num_steps) not in tableaus:
-            raise BundleError(f"{path}: the default table {default.solver} with {default.num_steps} steps is missing")
+        for steps, solver in {default.num_steps: default.solver, **default.by_steps}.items():
+            if (solver, steps) not in tableaus:
+                raise BundleError(f"{path}: the default table {solver} with {steps} steps is missing")
         return cls(manifest, path, tableaus)
 
 
@@ -324,8 +331,13 @@ def write_manifest(path: Path, fields: Mapping[str, Any]) -> Manifest:
     return manifest
 
 
-def add_tables(path: Path, tableaus: Sequence[Tableau]) -> Bundle:
+def add_tables(path: Path, tableaus: Sequence[Tableau], is_default: bool = False) -> Bundle:
     """Put tables into a bundle's folder; one of the same name and number of steps is replaced.
+
+    Args:
+        path: the folder.
+        tableaus: the tables.
+        is_default: whether requests that say no more than a number of steps get them.
 
     Raises:
         BundleError: the folder holds no bundle.
@@ -340,6 +352,9 @@ def add_tables(path: Path, tableaus: Sequence[Tableau]) -> Bundle:
         tableau.save(bundle.path / name)
     fields = json.loads((bundle.path / MANIFEST).read_text("utf-8"))
     del fields["format"], fields["files"]
+    if is_default:
+        by_steps = fields["default_tableau"].setdefault("by_steps", {})
+        by_steps |= {str(tableau.num_steps): tableau.name for tableau in tableaus}
     write_manifest(bundle.path, fields)
     return Bundle.load(bundle.path)
 

@@ -163,12 +163,14 @@ def request_of(
 def _within(
     engine: Engine, solver: str | None, min_steps: int | None, max_steps: int | None, deadline_s: float | None
 ) -> list[Tableau]:
-    """A solver's tables within bounds, the one with the most steps first."""
+    """A solver's tables within bounds, or those that a number of steps gives, the one with the most steps first."""
     field = "min_steps" if min_steps is not None else "max_steps"
     if deadline_s is None:
         raise CallError(f"{field}: needs deadline_ms, which the number of steps is to fit", field)
-    name = solver or engine.bundle.manifest.default_tableau.solver
-    tables = {steps: tableau for (its, steps), tableau in engine.tableaus.items() if its == name}
+    usual = engine.bundle.manifest.default_tableau
+    name = solver or usual.solver
+    tables = {steps: tableau for (its, steps), tableau in engine.tableaus.items()
+              if its == (solver or usual.solver_for(steps))}  # fmt: skip
     if not tables:
         raise CallError(f"solver: {engine.bundle.name} has no table for {name[:80]}", "solver", "no_such_table")
     low, high = min_steps or 1, max(tables) if max_steps is None else max_steps

@@ -14,9 +14,10 @@ import torch
 from onnx import helper
 
 from fewstep.export import ExportError, Parity, write_bundle
-from fewstep.runtime import DEFAULT_BUNDLE, Bundle, BundleError, TableauError, embedded_names
+from fewstep.runtime import DEFAULT_BUNDLE, Bundle, BundleError, Engine, TableauError, embedded_names
 from fewstep.runtime import bundle as bundle_module
 from fewstep.runtime.bundle import MANIFEST, NETWORK, write_manifest
+from fewstep.runtime.call import request_of
 from fewstep.runtime.schedules import karras, vp_cosine
 from fewstep.runtime.solvers import ancestral, ddim
 
@@ -90,6 +91,19 @@ def test_what_a_request_leaves_out_is_taken_from_the_default(
 ) -> None:
     tableau = Bundle.load(make_bundle()).tableau(solver, num_steps)
     assert (tableau.name, tableau.num_steps) == key
+
+
+def test_a_number_of_steps_may_have_a_default_of_its_own(bundle_copy: Path) -> None:
+    """Asked for alone, chosen by a deadline, and the steps that a request gets that says nothing."""
+    change(bundle_copy, default_tableau={"solver": "ancestral", "num_steps": 4, "by_steps": {"2": "ddim", "4": "ddim"}})
+    bundle = Bundle.load(bundle_copy)
+    found = [bundle.tableau(num_steps=steps).name for steps in (None, 1, 2, 3, 4, 8)]
+    assert found == ["ddim", "ancestral", "ddim", "ancestral", "ddim", "ancestral"]
+    assert bundle.tableau("ancestral").num_steps == 4
+    engine = Engine(bundle, max_rows=1)
+    request = request_of(engine, seed=0, label=1, min_steps=1, max_steps=3, deadline_s=1e9)
+    names = [table.name for table in (request.tableau, *request.fallbacks)]
+    assert names == ["ancestral", "ddim", "ancestral"]
 
 
 def test_a_table_there_is_not_is_refused_with_those_there_are(make_bundle: Callable[..., Path]) -> None:
@@ -291,6 +305,8 @@ def test_a_second_table_of_the_same_name_and_steps_is_refused(bundle_copy: Path)
 def test_a_missing_default_table_is_refused(bundle_copy: Path) -> None:
     change(bundle_copy, default_tableau={"solver": "ddim", "num_steps": 5})
     refused(bundle_copy, ": the default table ddim with 5 steps is missing")
+    change(bundle_copy, default_tableau={"solver": "ddim", "num_steps": 4, "by_steps": {"6": "euler"}})
+    refused(bundle_copy, ": the default table euler with 6 steps is missing")
 
 
 # --- names

@@ -1,6 +1,5 @@
 """Learned tables: what fits promise, on a teacher known exactly, and on a bundle."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from fewstep.runtime.solvers import SOLVERS, ddim
 from fewstep.training.evaluate import frechet
 from fewstep.training.exact import Mixture
 from fewstep.training.fitting import (
+    METHODS,
     Fit,
     FitError,
     Network,
@@ -60,7 +60,7 @@ def told_time(x: Array, level: Level, _: Samples) -> Array:
     return MIXTURE.x0(x, 1.0, float(np.exp(4 * level.t)))
 
 
-EXACT = Network(Prediction("x0"), told_level)
+EXACT, TOLD = Network(Prediction("x0"), told_level), Network(Prediction("x0"), told_time)
 
 
 def levels_for(solver: str, calls: int) -> Levels | None:
@@ -123,21 +123,9 @@ def test_local_fits_of_one_step_are_the_global_one() -> None:
     assert ways[0] != ways[1]
 
 
-def torch_mixture(x: torch.Tensor, _: Any, __: Any, t: torch.Tensor, ___: Samples) -> torch.Tensor:
-    means, scales = torch.tensor(MIXTURE.means), torch.tensor(MIXTURE.scales)
-    variance = scales**2 + torch.exp(8 * t)
-    off = x[:, None, :] - means
-    log_weight = torch.tensor(np.log(MIXTURE.weights)) - ((off**2).sum(-1) / variance + 16 * torch.log(variance)) / 2
-    posterior = torch.softmax(log_weight, -1)
-    return (posterior[..., None] * (means + (scales**2 / variance)[:, None] * off)).sum(1)
-
-
 def test_end_to_end_at_four_calls_is_at_the_noise_floor() -> None:
     """Frechet distance to the data within 1.5 times that of two exact sets; both over four pairs of sets."""
-    torch.set_num_threads(1)
-    how = EndToEnd(torch_mixture, Prediction("x0"), iterations=400, batch=128, learning_rate=0.03)
-    told = Network(Prediction("x0"), told_time)
-    made = fit(told, karras(4), "ddim", "end-to-end", noise(3, 512), noise(4, 200), end_to_end=how)
+    made = fit(TOLD, karras(4), "ddim", "end-to-end", noise(3, 512), noise(4, 200), end_to_end=EndToEnd(15))
     assert made.after < 0.3 * made.before
 
     def moments(x: Array) -> tuple[Array, Array]:
@@ -148,8 +136,33 @@ def test_end_to_end_at_four_calls_is_at_the_noise_floor() -> None:
         rng = np.random.default_rng(seed)
         data = moments(MIXTURE.sample(4000, rng))
         floors.append(frechet(*moments(MIXTURE.sample(4000, rng)), *data))
-        ours.append(frechet(*moments(follow(made.table, told, noise(10 + seed, 4000))[-1]), *data))
+        ours.append(frechet(*moments(follow(made.table, TOLD, noise(10 + seed, 4000))[-1]), *data))
     assert np.mean(ours) < 1.5 * np.mean(floors)
+
+
+@pytest.mark.parametrize("calls", range(4, 9))
+def test_end_to_end_is_better_than_rows(calls: int) -> None:
+    """It begins where rows end, and keeps no step that makes the end worse."""
+    rows, all_ = (fit(TOLD, karras(calls), "ddim", method, noise(3, 512), FRESH, pieces=5) for method in METHODS[1:])
+    assert all_.row_residuals[0] < 0.6 * rows.row_residuals[-1]
+    assert all_.after < rows.after
+
+
+@pytest.mark.parametrize(
+    ("solver", "levels"),
+    [("ddim", karras(4)), ("euler", vp_linear(4)), ("flow_euler", flow(4)), ("dpmpp_2m", flow(4))],
+    ids=["x0", "eps", "flow", "pure"],
+)
+def test_end_to_end_fits_every_form_and_path(solver: str, levels: Levels) -> None:
+    """From noise without any signal too, where the first level stays where it is."""
+    base = SOLVERS[solver](levels)
+    made = fit(EXACT, levels, solver, "end-to-end", noise(3, 100), FRESH, pieces=5, end_to_end=EndToEnd(3)).table
+    ends = [follow(table, EXACT, FRESH)[-1] for table in (made, base)]
+    aim = Teacher(levels, EXACT, "dpmpp_2m", 5).trajectory(FRESH)[-1]
+    assert np.square(ends[0] - aim).mean() < 0.7 * np.square(ends[1] - aim).mean()
+    assert made.form == base.form
+    assert (made.sigma[0], made.alpha[0]) == (base.sigma[0], base.alpha[0])
+    assert (np.diff(made.sigma / np.maximum(made.alpha, 1e-9)) < 0).all()
 
 
 # --- what holds of every fit
@@ -199,7 +212,8 @@ def test_rows_that_miss_their_levels_say_by_how_much() -> None:
         ({"solver": "RK45"}, "solver: RK45 is no table: it chooses its steps by the error it sees on each sample"),
         ({"teacher": "ancestral"}, "no deterministic solver"),
         ({"teacher": "heun"}, "one call a level"),
-        ({"method": "end-to-end"}, "in torch"),
+        ({"method": "end-to-end", "solver": "heun"}, "one call a level"),
+        ({"method": "end-to-end", "target": "local"}, "aims at the teacher's end"),
         ({"pieces": 0}, "substeps: 0"),
     ],
 )
@@ -225,7 +239,6 @@ def write(out: Path, is_inside: bool) -> Bundle:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
-    recipe = {"recipe.json": json.dumps({"name": "tiny", "network": SHAPE}).encode()} if is_inside else {}
     about = {
         "name": "teacher", "version": "1", "description": "Random weights, for tests.", "sample_shape": (1, 8, 8),
         "path": "ve", "output": {"type": "edm", "sigma_data": 0.5}, "labels": LABELS,
@@ -233,22 +246,22 @@ def write(out: Path, is_inside: bool) -> Bundle:
         "default_tableau": {"solver": "ddim", "num_steps": 4}, "licence": "CC0-1.0", "provenance": {}, "metrics": {},
     }  # fmt: skip
     solvers = [ddim(karras(steps, 0.05, 20.0)) for steps in (4, 8)]
-    return write_bundle(out, Guided(network, 10) if is_inside else network, solvers, about, extra_files=recipe)[0]
+    return write_bundle(out, Guided(network, 10) if is_inside else network, solvers, about)[0]
 
 
 @pytest.fixture(scope="module")
 def guided_teacher(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle that takes its guidance as an input, with the recipe to rebuild its network from."""
+    """A bundle that takes its guidance as an input."""
     return write(tmp_path_factory.mktemp("bundles") / "inside", is_inside=True)
 
 
 @pytest.fixture(scope="module")
 def guided_by_calls(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same network, guided by a second call, without a recipe."""
+    """The same network, guided by a second call."""
     return write(tmp_path_factory.mktemp("bundles") / "calls", is_inside=False)
 
 
-SMALL = Settings(num_steps=4, num_samples=8, num_fresh=4, pieces=3, iterations=4, batch=4)
+SMALL = Settings(num_steps=4, num_samples=8, num_fresh=4, pieces=3, iterations=2)
 
 
 @cache
@@ -284,9 +297,10 @@ def test_progress_ends_where_it_said(guided_teacher: Bundle) -> None:
     assert told[-2][0] == told[-1][0] == told[-1][1]
 
 
-def test_both_kinds_of_guidance_fit_alike(guided_teacher: Bundle, guided_by_calls: Bundle) -> None:
+@pytest.mark.parametrize("method", ["dode", "end-to-end"])
+def test_both_kinds_of_guidance_fit_alike(guided_teacher: Bundle, guided_by_calls: Bundle, method: Any) -> None:
     """One call with guidance inside, and two that are combined: the same network, so the same fit."""
-    settings = replace(SMALL, guidance=3.0)
+    settings = replace(SMALL, guidance=3.0, method=method)
     inside, combined = (fit_bundle(bundle, settings, threads=1) for bundle in (guided_teacher, guided_by_calls))
     assert inside.after == pytest.approx(combined.after, rel=1e-4)
     assert np.allclose(inside.table.b, combined.table.b, rtol=1e-3, atol=1e-5)
@@ -318,11 +332,6 @@ def test_levels_are_those_of_the_bundles_own_tables(guided_teacher: Bundle) -> N
 def test_a_bundle_that_cannot_be_fitted_says_why(guided_teacher: Bundle, change: Any, match: str) -> None:
     with pytest.raises(FitError, match=match):
         fit_bundle(guided_teacher, replace(SMALL, **change), threads=1)
-
-
-def test_without_a_recipe_end_to_end_asks_for_a_checkpoint(guided_by_calls: Bundle) -> None:
-    with pytest.raises(FitError, match=r"no recipe\.json .*--checkpoint"):
-        fit_bundle(guided_by_calls, replace(SMALL, method="end-to-end"), threads=1)
 
 
 # --- serving

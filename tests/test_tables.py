@@ -305,6 +305,11 @@ def test_tables_are_added_to_a_bundle(bundle_copy: Path, tmp_path: Path) -> None
     after = Bundle.load(bundle_copy)
     assert len(after.tableaus) == before + 1
     assert after.tableaus["dpmpp_2m", 4].sha256 == mine.sha256
+    assert after.tableau(num_steps=4).name == "ancestral"
+    assert fewstep("table", "add", bundle_copy, tmp_path / "mine.safetensors", "--default")[0] == 0
+    after = Bundle.load(bundle_copy)
+    assert after.tableau(num_steps=4).sha256 == mine.sha256
+    assert after.tableau(num_steps=8).name == "ancestral"
     replace(version(2), weights_sha256="3" * 64).save(tmp_path / "bad.safetensors")
     result = CliRunner().invoke(app, ["table", "add", str(bundle_copy), str(tmp_path / "bad.safetensors")])
     assert isinstance(result.exception, TableauError)

@@ -1,9 +1,7 @@
 """Fitting to a bundle: the network that is served is the network that is fitted to.
 
-The network runs in ONNX Runtime, so any bundle can be fitted without torch; only end-to-end rebuilds it in torch, from
-the weights in the ONNX file (which keep their names) and the recipe beside them, or from a checkpoint, and holds
-it against the file before it is believed. The levels are those of the bundle's own tables, and the noise is the
-noise of requests, so a fit is repeated by its seed.
+The network runs in ONNX Runtime, so any bundle can be fitted, and without torch. The levels are those of the bundle's
+own tables, and the noise is the noise of requests, so a fit is repeated by its seed.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +30,7 @@ from ...runtime.schedules import (
 from ...runtime.solvers import SOLVERS
 from ...runtime.tableau import Tableau
 from .closed_form import Direction
+from .end_to_end import EndToEnd
 from .fit import Fit, Method, fit, refuse_unknown
 from .targets import RHO, Array, FitError, Network, Samples, Target
 
@@ -58,9 +56,7 @@ class Settings:
     ridge: float | None = None
     seed: int = 0
     sigma_range: tuple[float, float] | None = None  # of the levels, last and first; else as in the bundle's tables
-    iterations: int = 300  # end-to-end
-    batch: int = 16
-    learning_rate: float = 0.02
+    iterations: int = 6  # end-to-end
     learn_levels: bool = True
 
     def __post_init__(self) -> None:
@@ -75,7 +71,6 @@ def fit_bundle(
     bundle: Bundle,
     settings: Settings,
     *,
-    checkpoint: Path | None = None,
     threads: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fit:
@@ -84,7 +79,6 @@ def fit_bundle(
     Args:
         bundle: the bundle.
         settings: what to fit, and how.
-        checkpoint: the network in torch, for end-to-end, if it cannot be rebuilt from the bundle.
         threads: CPU threads; the machine's cores when left out.
         on_progress: told how many network rows were run, of how many.
 
@@ -104,25 +98,11 @@ def fit_bundle(
     network = network_of(bundle, guidance, cores, count)
     samples = _samples(bundle, _FIT, settings.seed, settings.num_samples)
     fresh = _samples(bundle, _FRESH, settings.seed, settings.num_fresh)
-    end_to_end = None
-    if settings.method == "end-to-end":
-        from .end_to_end import EndToEnd
-        from .torch_network import torch_network
-
-        end_to_end = EndToEnd(
-            torch_network(bundle, guidance, checkpoint, cores),
-            bundle.manifest.output.prediction(),
-            settings.iterations,
-            settings.batch,
-            settings.learning_rate,
-            settings.seed,
-            settings.learn_levels,
-            lambda: count(settings.batch * settings.num_steps),
-        )
     made = fit(
         network, levels, settings.solver, settings.method, samples, fresh,
         pieces=settings.pieces, target=settings.target, teacher=settings.teacher, direction=settings.direction,
-        history=settings.history, ridge=settings.ridge, end_to_end=end_to_end,
+        history=settings.history, ridge=settings.ridge,
+        end_to_end=_end_to_end(settings),
     )  # fmt: skip
     table = replace(
         made.table, weights_sha256=bundle.weights_sha256, provenance=_provenance(bundle, settings, guidance, made)
@@ -292,10 +272,14 @@ def _guidance(bundle: Bundle, asked: float | None) -> float | None:
 def _rows_to_run(settings: Settings, levels: Levels) -> int:
     cells, steps, fitted = len(levels.t), settings.num_steps, settings.num_samples
     teacher = cells * settings.pieces
-    rows = settings.num_fresh * (teacher + 2 * steps) + fitted * teacher
+    rows = settings.num_fresh * (teacher + 2 * steps) + fitted * (teacher + steps)
     if settings.method == "end-to-end":
-        return rows + settings.iterations * settings.batch * steps
-    return rows + fitted * steps
+        rows += fitted * _end_to_end(settings).rows_to_run(steps, settings.history)
+    return rows
+
+
+def _end_to_end(settings: Settings) -> EndToEnd:
+    return EndToEnd(settings.iterations, settings.learn_levels)
 
 
 def _provenance(bundle: Bundle, settings: Settings, guidance: float | None, made: Fit) -> dict[str, str]:
@@ -318,10 +302,8 @@ def _provenance(bundle: Bundle, settings: Settings, guidance: float | None, made
         facts["lambda"] = " ".join(f"{value:.6g}" for value in made.changes)
         facts["paper"] = "D-ODE, Kim, Tang, Yu 2024, arXiv:2309.16421"
     if settings.method == "end-to-end":
-        facts["optimiser"] = (
-            f"Adam, {settings.iterations} iterations of {settings.batch}, learning rate {settings.learning_rate:g}, "
-            + ("coefficients and times" if settings.learn_levels else "coefficients")
+        facts["optimiser"] = f"Levenberg-Marquardt from rows, {settings.iterations} iterations, " + (
+            "coefficients and times" if settings.learn_levels else "coefficients"
         )
-    else:
-        facts["ridge"] = "default" if settings.ridge is None else f"{settings.ridge:g}"
+    facts["ridge"] = "default" if settings.ridge is None else f"{settings.ridge:g}"
     return facts

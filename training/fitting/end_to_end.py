@@ -1,177 +1,206 @@
-"""All rows together: coefficients and times, by gradients through the whole table.
+"""All rows together: coefficients, levels and times, by damped least squares through the whole table.
 
     u[i+1] = u[i] - u[0] * softmax(gaps)[i]               levels, u = (sigma / alpha) ** (1 / 7): stick-breaking
-    a[i]   = theory * exp(stretch[i])                     theory: DDIM's row between these levels
+    a[i]   = theory * stretch[i]                          theory: DDIM's row between these levels
     b[i,j] = theory * weight[i,j]
-    t[i]   = time of level i + offset[i]                  what the network is told, apart from where it is
+    t[i]   = time(ratio[i] * exp(told[i])) + offset[i]    what the network is told, apart from where it is
 
 Theory moves with the levels while they are learned, and what is learned beside it is near one and near zero: with
 free coefficients in its place the same loss ends far worse (Wang et al. 2025, GAS). Stick-breaking keeps the levels
-in order, and clean data last, whatever the numbers are. All begin at the base solver and its levels. Minimised
-is the distance of the end to the teacher's end, from the same noise.
+in order, and clean data last, whatever the numbers are. Minimised is the distance of the end to the teacher's end,
+from the same noise.
+
+A table holds a few dozen numbers, and a few dozen samples say thousands of things about them. That is the case for
+Levenberg and Marquardt: the table is run once more for each number with that number moved a little, from the row on
+that first reads it, and the ends, taken as linear in the numbers, are fitted in closed form. Neither gradients nor a
+learning rate are needed, so the network is the one that is served. Two predictions in a row are almost the same;
+damping by the diagonal bears that, where steps along the gradient do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from ...runtime.prediction import Prediction, form_weights
 from ...runtime.schedules import Levels, Schedule
-from ...runtime.tableau import MAX_HISTORY, Tableau
+from ...runtime.tableau import MAX_HISTORY, Tableau, TableauError
 from .closed_form import Fitted, declared, trimmed
-from .targets import RHO, Array, FitError, Samples
+from .targets import RHO, Array, FitError, Network, Samples, combine, level_of
 
-
-class TorchNetwork(Protocol):
-    """The network for gradients; like `targets.Network.raw`, of one batch."""
-
-    def __call__(self, x: Tensor, alpha: Tensor, sigma: Tensor, t: Tensor, samples: Samples, /) -> Tensor:
-        """The raw output for a scaled input ``[B, ...]``, at one level, told ``t``; all three are scalars."""
-        ...
+Float64 = NDArray[np.float64]
+MOVE = 3e-3  # of each number, to see what it does: far above float32's noise, far below what bends the end
+TRIALS = 8  # steps that are tried, each shorter than the last, before nothing more is to be gained
 
 
 @dataclass(frozen=True)
 class EndToEnd:
     """How to fit end to end."""
 
-    network: TorchNetwork
-    prediction: Prediction
-    iterations: int = 300
-    batch: int = 32
-    learning_rate: float = 0.02  # falls to zero along a cosine
-    seed: int = 0  # of the order of the samples
+    iterations: int = 6
     learn_levels: bool = True
-    on_iteration: Callable[[], None] = lambda: None
 
-    def fit(self, base: Tableau, levels: Levels, samples: Samples, ends: Array, history: int) -> Fitted:
-        """Fit a table to the teacher's ends; of all iterations the last counts.
+    def fit(
+        self, base: Tableau, levels: Levels, network: Network, samples: Samples, ends: Array, history: int
+    ) -> Fitted:
+        """Fit a table to the teacher's ends.
 
         Args:
-            base: the solver to start from; one call a level.
+            base: the table to start from; one call a level.
             levels: the levels it was given.
+            network: the network.
             samples: what to fit on.
             ends: where the teacher ends, ``[samples, ...]``.
             history: predictions that a row may read, if the base does not read more.
 
         Raises:
-            FitError: the base visits a level twice, or the fit diverged.
+            FitError: see `refuse`.
+        """
+        self.refuse(base, levels)
+        numbers = _Numbers(
+            base, levels, min(max(history, base.history), base.num_steps, MAX_HISTORY), self.learn_levels
+        )
+        values, damping = numbers.first, 1e-2
+        table = numbers.table(values)
+        walk = _Walk(table, network, samples)
+        before = error = _rms(ends - walk.end)
+        for _ in range(self.iterations):
+            slopes = np.stack([
+                ((_Walk(numbers.table(moved), network, samples, walk, row, is_told).end - walk.end) / MOVE).ravel()
+                for moved, row, is_told in numbers.moved(values)
+            ])  # fmt: skip
+            gram, slope = _gram(slopes, (ends - walk.end).ravel())
+            for _ in range(TRIALS):
+                with np.errstate(all="ignore"):
+                    try:
+                        trial = values + _step(gram, slope, damping)
+                        table_there = numbers.table(trial)
+                        there = _Walk(table_there, network, samples)
+                        error_there = _rms(ends - there.end)
+                    except (TableauError, OverflowError):  # so far that nothing is finite
+                        error_there = np.inf
+                if error_there < error:
+                    break
+                damping *= 8
+            else:
+                break
+            values, walk, error, table = trial, there, error_there, table_there
+            damping = max(damping / 3, 1e-5)
+        return Fitted(declared(replace(table, b=trimmed(table.b))), (before,), (error,), ())
+
+    def refuse(self, base: Tableau, levels: Levels) -> None:
+        """Check that a table can be started from.
+
+        Raises:
+            FitError: it visits a level twice.
         """
         if base.num_steps != len(levels.t):
             raise FitError(f"{base.name}: end-to-end fits solvers with one call a level")
-        depth = min(max(history, base.history), base.num_steps, MAX_HISTORY)
-        learned = _Learned(base, levels, depth, self.learn_levels)
-        optimizer = torch.optim.Adam(learned.parameters, lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
-        order = np.random.default_rng(self.seed)
-        noise, wanted = torch.from_numpy(samples.noise), torch.from_numpy(ends)
-        queue = np.zeros(0, np.int64)
-        for _ in range(self.iterations):
-            if len(queue) < min(self.batch, len(samples)):
-                queue = order.permutation(len(samples))
-            rows, queue = queue[: self.batch], queue[self.batch :]
-            part = Samples(samples.noise[rows], None if samples.label is None else samples.label[rows])
-            end = self._run(learned, noise[rows], part)
-            loss = ((end - wanted[rows]) ** 2).mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(learned.parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            self.on_iteration()
-        table = learned.table(base)
-        with torch.no_grad():
-            errors = []
-            for k in range(0, len(samples), self.batch):
-                part = Samples(noise[k : k + self.batch].numpy(), _slice(samples.label, k, self.batch))
-                end = self._run(learned, noise[k : k + self.batch], part)
-                errors.append(((end - wanted[k : k + self.batch]).double() ** 2).flatten(1).mean(1))
-        after = float(torch.cat(errors).mean().sqrt())
-        if not np.isfinite(after):
-            raise FitError(f"{base.name}: the fit diverged; try a lower learning rate")
-        return Fitted(table, (), (after,), ())
 
-    def _run(self, learned: _Learned, x: Tensor, samples: Samples) -> Tensor:
-        alpha, sigma, t, a, b = learned()
-        x = learned.start * x
-        seen: list[Tensor] = []
-        for i in range(len(a)):
-            m = _predict(self.prediction, learned.form, x, alpha[i], sigma[i], t[i], samples, self.network)
-            seen = [m, *seen][: b.shape[1]]
-            x = a[i].to(x.dtype) * x
-            for j, said in enumerate(seen):
-                x = x + b[i, j].to(x.dtype) * said
-        return x
+    def rows_to_run(self, steps: int, history: int) -> int:
+        """Network calls for each sample, if no step has to be tried twice."""
+        calls = sum((steps - 1 - i) * (1 + min(i + 1, history, MAX_HISTORY)) for i in range(steps))
+        if self.learn_levels:
+            calls += steps * (steps - 1) + steps * (steps + 1) // 2
+        return steps + self.iterations * (calls + steps)
 
 
-class _Learned:
-    """The learned numbers, and the table they make; float64."""
+class _Walk:
+    """A table that is run: where it was before each row, what the network said there, and where it ended.
+
+    Args:
+        table: the table.
+        network: the network.
+        samples: where to start.
+        known: another walk that is the same up to a row.
+        row: that row.
+        is_told: whether the network is told something else there, and so has to be asked again.
+    """
+
+    def __init__(
+        self, table: Tableau, network: Network, samples: Samples,
+        known: _Walk | None = None, row: int = 0, is_told: bool = True,
+    ) -> None:  # fmt: skip
+        self.points: list[Array] = known.points[:row] if known else []
+        self.said: list[Array] = known.said[:row] if known else []
+        x = known.points[row] if known else table.initial_scale * samples.noise
+        for i in range(row, table.num_steps):
+            is_known = known is not None and i == row and not is_told
+            m = known.said[i] if known and is_known else network.predict(x, level_of(table, i), table.form, samples)
+            self.points.append(x)
+            self.said.append(m)
+            x = combine(float(table.a[i]), table.b[i], x, self.said[::-1])
+        self.end = x
+
+
+class _Numbers:
+    """The learned numbers, and the table they make."""
 
     def __init__(self, base: Tableau, levels: Levels, depth: int, learn_levels: bool) -> None:
-        schedule = levels.schedule
-        if schedule is None:
+        if levels.schedule is None:
             raise FitError("the levels do not know their schedule, so they cannot move")
-        self.schedule: Schedule = schedule
-        self.form, self.start = base.form, base.initial_scale
-        share = base.sigma / (base.alpha + base.sigma)
+        self._schedule: Schedule = levels.schedule
+        self._base, self._learn_levels = base, learn_levels
         self._is_pure = bool(base.alpha[0] == 0)
         ratio = base.sigma[self._is_pure :] / base.alpha[self._is_pure :]
-        clock = share if self._is_pure else ratio ** (1 / RHO)
-        self._first = float(clock[0])
-        gaps = torch.tensor(np.log(-np.diff(clock)))
-        self._fixed = torch.tensor(base.alpha[:1]), torch.tensor(base.sigma[:1])
-        alpha, sigma, t = self._levels(gaps)
-        self._offset = torch.tensor(base.t) - t
-        theory_a, theory_b = _theory(self.form, alpha, sigma)
-        a = torch.tensor(base.a)
-        keeps = theory_a != 0
-        ones = torch.ones_like(a)
-        if bool((a[keeps] / theory_a[keeps] <= 0).any()) or bool((a[~keeps] != 0).any()):
-            raise FitError(f"{base.name}: its rows are too far from DDIM's to start from")
-        stretch = torch.where(keeps, a / torch.where(keeps, theory_a, ones), ones).log()
-        weight = torch.zeros(base.num_steps, depth, dtype=torch.float64)
-        weight[:, : base.history] = torch.tensor(base.b) / theory_b[:, None]
-        reachable = torch.tril(torch.ones(base.num_steps, depth, dtype=torch.float64))
-        self._mask = reachable
-        self._gaps, self._stretch, self._weight = gaps, stretch, weight
-        self._told = torch.zeros_like(t)
-        self.parameters = [self._stretch, self._weight, *([self._gaps, self._told] if learn_levels else [])]
-        for parameter in self.parameters:
-            parameter.requires_grad_()
+        clock = base.sigma / (base.alpha + base.sigma) if self._is_pure else ratio ** (1 / RHO)
+        self._first_clock = float(clock[0])
+        self._gaps = np.log(-np.diff(clock))
+        steps = base.num_steps
+        self._offset = np.zeros(steps)
+        alpha, sigma, t = self._levels(self._gaps, np.zeros(steps))
+        self._offset = base.t - t
+        theory_a, theory_b = _theory(base.form, alpha, sigma)
+        self._reads = np.tril(np.ones((steps, depth), bool))
+        weight = np.zeros((steps, depth))
+        weight[:, : base.history] = base.b / theory_b[:, None]
+        learned = [base.a / _unless_zero(theory_a), weight[self._reads]]
+        rows = [np.arange(steps), np.nonzero(self._reads)[0]]
+        if learn_levels:
+            learned += [self._gaps, np.zeros(steps)]
+            rows += [np.zeros(steps, int), np.arange(steps)]
+        self.first: Float64 = np.concatenate(learned)
+        self._rows = np.concatenate(rows)  # the first that reads each number
 
-    def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``alpha, sigma`` [rows + 1], ``t, a`` [rows], ``b`` [rows, history]."""
-        alpha, sigma, t = self._levels(self._gaps)
-        theory_a, theory_b = _theory(self.form, alpha, sigma)
-        b = theory_b[:, None] * self._weight * self._mask
-        return alpha, sigma, t + self._offset + self._told, theory_a * self._stretch.exp(), b
+    def moved(self, values: Float64) -> Iterator[tuple[Float64, int, bool]]:
+        """Each number moved: all of them, the row that changes first, and whether the network is told of it there."""
+        told = len(values) - self._base.num_steps if self._learn_levels else len(values)
+        for k, row in enumerate(self._rows):
+            moved = values.copy()
+            moved[k] += MOVE
+            yield moved, int(row), k >= told
 
-    def _levels(self, gaps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        left = 1 - torch.cumsum(torch.softmax(gaps, 0), 0)[:-1]
-        clock = self._first * left
-        if self._is_pure:
-            signal, noise = 1 - clock, clock
-        else:
-            signal, noise = torch.ones_like(clock), clock**RHO
-        total = {"ve": signal, "vp": torch.hypot(signal, noise), "flow": signal + noise}[self.schedule.path]
-        clean = torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
-        alpha = torch.cat([self._fixed[0], signal / total, clean[0]])
-        sigma = torch.cat([self._fixed[1], noise / total, clean[1]])
-        return alpha, sigma, _times(self.schedule, alpha[:-1], sigma[:-1])
+    def table(self, values: Float64) -> Tableau:
+        """The table that the numbers make.
 
-    def table(self, base: Tableau) -> Tableau:
-        """The table as it stands."""
-        with torch.no_grad():
-            alpha, sigma, t, a, b = (value.numpy() for value in self())
-        return declared(replace(base, alpha=alpha, sigma=sigma, t=t, a=a, b=trimmed(b), residual=1e5))
+        Raises:
+            TableauError: they are no numbers, or too large.
+        """
+        steps, count = self._base.num_steps, int(self._reads.sum())
+        weight = np.zeros(self._reads.shape)
+        weight[self._reads] = values[steps : steps + count]
+        rest = values[steps + count :]
+        alpha, sigma, t = self._levels(*(np.split(rest, 2) if self._learn_levels else (self._gaps, np.zeros(steps))))
+        theory_a, theory_b = _theory(self._base.form, alpha, sigma)
+        a, b = _unless_zero(theory_a) * values[:steps], theory_b[:, None] * weight
+        return replace(self._base, alpha=alpha, sigma=sigma, t=t, a=a, b=b, residual=1e5)
+
+    def _levels(self, gaps: Float64, told: Float64) -> tuple[Float64, Float64, Float64]:
+        share = np.exp(gaps - gaps.max())
+        clock = self._first_clock * (1 - np.cumsum(share / share.sum())[:-1])
+        base, path = self._base, self._schedule.path
+        signal, noise = (1 - clock, clock) if self._is_pure else (np.ones_like(clock), clock**RHO)
+        total = {"ve": signal, "vp": np.hypot(signal, noise), "flow": signal + noise}[path]
+        alpha = np.concatenate([base.alpha[:1], signal / total, [1.0]])
+        sigma = np.concatenate([base.sigma[:1], noise / total, [0.0]])
+        with np.errstate(divide="ignore"):
+            ratio = sigma[:-1] / alpha[:-1]
+        return alpha, sigma, self._schedule.time(ratio * np.exp(told)) + self._offset
 
 
-def _theory(form: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _theory(form: str, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64]:
     """DDIM's row between each level and the next in a form: weight of the latent, weight of the prediction."""
     here, there, noise, noise_there = alpha[:-1], alpha[1:], sigma[:-1], sigma[1:]
     if form == "eps":
@@ -181,54 +210,32 @@ def _theory(form: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         decay = noise_there / noise
         return decay, there - decay * here
     # x = alpha x0 + sigma eps and m = p x0 + q eps; the next latent is a mixture of the two.
-    p, q = (-noise, here) if form == "v" else (-torch.ones_like(here), torch.ones_like(here))
+    p, q = (-noise, here) if form == "v" else (-np.ones_like(here), np.ones_like(here))
     determinant = here * q - noise * p
     return (there * q - noise_there * p) / determinant, (here * noise_there - noise * there) / determinant
 
 
-def _times(schedule: Schedule, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network is told at each level, with its slope over the level: ``schedule.time`` is no torch."""
-    pure = alpha.detach() == 0
-    ratio = sigma / torch.where(pure, torch.ones_like(alpha), alpha)
-    at = np.where(pure.numpy(), np.inf, ratio.detach().numpy())
-    step = 1e-4
-    with np.errstate(invalid="ignore"):
-        value = schedule.time(at)
-        slope = (schedule.time(at * np.exp(step)) - schedule.time(at * np.exp(-step))) / (2 * step)
-    slopes = torch.tensor(np.where(np.isfinite(slope) & ~pure.numpy(), slope, 0.0))
-    log = torch.where(pure, torch.zeros_like(ratio), ratio).clamp_min(1e-300).log()
-    return torch.tensor(value) + slopes * (log - log.detach())
+def _unless_zero(theory: Float64) -> Float64:
+    """Theory as a unit: one where it is zero, as the last weight of the latent is in a table that keeps x0."""
+    return np.where(theory == 0, 1.0, theory)
 
 
-def _predict(
-    prediction: Prediction,
-    form: str,
-    x: Tensor,
-    alpha: Tensor,
-    sigma: Tensor,
-    t: Tensor,
-    samples: Samples,
-    network: TorchNetwork,
-) -> Tensor:
-    """`targets.Network.predict`, with gradients to the level: see `prediction`."""
-    if prediction.type == "edm":
-        data = torch.tensor(prediction.sigma_data, dtype=torch.float64)
-        total = torch.hypot(sigma, data)
-        c_skip, c_out, c_in = (data / total) ** 2, sigma * data / total, 1 / total
-        p, q = (1 - c_skip) / c_out, -c_skip * sigma / c_out
-        x_in = c_in.to(x.dtype) * x
-    else:
-        p, q = (torch.as_tensor(w) for w in form_weights(prediction.type, alpha, sigma))  # type: ignore[arg-type]
-        x_in = x
-    raw = network(x_in, alpha, sigma, t, samples)
-    if form == prediction.type:
-        return raw
-    want_x0, want_eps = (torch.as_tensor(w) for w in form_weights(form, alpha, sigma))  # type: ignore[arg-type]
-    determinant = alpha * q - sigma * p
-    k_x = (want_x0 * q - want_eps * p) / determinant
-    k_m = (alpha * want_eps - sigma * want_x0) / determinant
-    return k_x.to(x.dtype) * x + k_m.to(x.dtype) * raw
+def _gram(slopes: Array, miss: Array) -> tuple[Float64, Float64]:
+    """Products of the slopes with each other and with what is missing, summed in float64 a part at a time."""
+    gram, slope = np.zeros((len(slopes), len(slopes))), np.zeros(len(slopes))
+    for k in range(0, slopes.shape[1], 1 << 14):
+        part = slopes[:, k : k + (1 << 14)].astype(np.float64)
+        gram += part @ part.T
+        slope += part @ miss[k : k + (1 << 14)].astype(np.float64)
+    return gram, slope
 
 
-def _slice(label: Array | None, k: int, count: int) -> Array | None:
-    return None if label is None else label[k : k + count]
+def _step(gram: Float64, slope: Float64, damping: float) -> Float64:
+    """Marquardt's step; what moves nothing, as the common size of all gaps, stays where it is."""
+    own = np.diag(gram)
+    left = gram + np.diag(damping * own + 1e-9 * own.mean() + np.finfo(np.float64).tiny)
+    return np.asarray(np.linalg.solve(left, slope))
+
+
+def _rms(x: Array) -> float:
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))

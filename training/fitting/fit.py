@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from ...runtime.schedules import Levels
 from ...runtime.solvers import SOLVERS, why_no_table
 from ...runtime.tableau import Tableau
-from .closed_form import Direction, Fitted, direction_of, fit_rows
+from .closed_form import Direction, direction_of, fit_rows
+from .end_to_end import EndToEnd
 from .targets import Array, FitError, Network, Samples, Target, Teacher, follow
-
-if TYPE_CHECKING:
-    from .end_to_end import EndToEnd
 
 __all__ = ["METHODS", "Fit", "FitError", "Method", "fit", "table_of"]
 
@@ -52,7 +50,7 @@ def fit(
     direction: Direction | None = None,
     history: int = 4,
     ridge: float | None = None,
-    end_to_end: EndToEnd | None = None,
+    end_to_end: EndToEnd = EndToEnd(),  # noqa: B008, it is frozen
 ) -> Fit:
     """Fit a table.
 
@@ -68,8 +66,8 @@ def fit(
         teacher: the teacher's solver.
         direction: for ``dode``; left out, the one that D-ODE has for the solver.
         history: for ``rows`` and ``end-to-end``: predictions that a row may read, if the base does not read more.
-        ridge: for ``dode`` and ``rows``; left out, `RIDGES`.
-        end_to_end: for ``end-to-end``: the network in torch, and how long.
+        ridge: of the rows' least squares; left out, `RIDGES`.
+        end_to_end: for ``end-to-end``: how; it begins where ``rows`` ends.
 
     Raises:
         FitError: it cannot be made; one line says why.
@@ -80,18 +78,17 @@ def fit(
     if base.is_stochastic:
         raise FitError(f"{base.name}: adds noise, so there is no one end to aim at; fit a deterministic solver")
     if method == "end-to-end":
-        if end_to_end is None:
-            raise FitError("end-to-end needs the network in torch, for its gradients")
         if target == "local":
             raise FitError("end-to-end aims at the teacher's end; a local target is for dode and rows")
-        ends = aim.trajectory(samples)[-1]
-        fitted: Fitted = end_to_end.fit(base, levels, samples, ends, history)
-    else:
-        along = (direction or direction_of(solver)) if method == "dode" else None
-        fitted = fit_rows(
-            base, network, samples, aim, target=target, direction=along, history=history,
-            ridge=RIDGES[method] if ridge is None else ridge,
-        )  # fmt: skip
+        end_to_end.refuse(base, levels)
+    row_by_row: Method = "dode" if method == "dode" else "rows"  # which is where end-to-end begins
+    fitted = fit_rows(
+        base, network, samples, aim, target=target, history=history,
+        direction=(direction or direction_of(solver)) if method == "dode" else None,
+        ridge=RIDGES[row_by_row] if ridge is None else ridge,
+    )  # fmt: skip
+    if method == "end-to-end":
+        fitted = end_to_end.fit(fitted.table, levels, network, samples, aim.trajectory(samples)[-1], history)
     table = replace(fitted.table, name=f"{method}-{base.name}")
     wanted = aim.trajectory(fresh)[-1]
     before, after = (rms(follow(t, network, fresh)[-1] - wanted) for t in (base, table))
