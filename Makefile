@@ -58,7 +58,7 @@ $(VENV)/.gpu: $(VENV)/.everything
 	@echo "Installing what a GPU needs into $(VENV)"
 	@$(INSTALL) --editable '.[gpu]'
 	@$(VENV)/bin/python -m pip uninstall -qq --yes onnxruntime  # the two hold the same files
-	@$(INSTALL) onnxruntime-gpu
+	@$(INSTALL) 'onnxruntime-gpu[cuda,cudnn]'
 	@touch $@
 
 $(VENV)/bin/python:

@@ -174,7 +174,10 @@ def tests(sizes: Sizes) -> Report:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECTION_S, check=False, cwd=root)
     lines = done.stdout.strip().splitlines()
-    report: Report = {"summary": lines[-1] if lines else ""}
+    report: Report = {
+        "summary": lines[-1] if lines else "",
+        "skipped": [line for line in lines if line.startswith("SKIPPED")],
+    }
     if done.returncode:
         report |= {"error": f"pytest ended with {done.returncode}", "said": lines[-120:]}
     return report

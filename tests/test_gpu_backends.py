@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,11 +19,16 @@ import lazy_cuda
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import network
 
+from fewstep.export.additions import add_engines
+from fewstep.export.engines import Flavour
+from fewstep.export.torch_backend import torch_backend
 from fewstep.runtime import Bundle, Engine, Request
 from fewstep.runtime.backends import BackendError
 from fewstep.runtime.bundle import EngineFile
 from fewstep.runtime.gpu_backends import Buckets, OnnxCudaBackend, TensorRTBackend, choose_engine
+from fewstep.runtime.request import SampleFailed
 
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -271,6 +277,35 @@ def test_what_cannot_be_captured_is_started_call_by_call(
 
 
 @needs_cxx
+def test_an_error_of_the_gpu_ends_the_samples_of_its_tick_and_no_others(
+    baked: Bundle, fake: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shows when the engine waits, so not in a later tick, and not as a wrong sample."""
+    with_engine, _ = fake(baked, tmp_path, flavour="full")
+    requests = requests_of(baked, False)[:2]
+    here = Engine(baked, threads=1).generate(requests)
+    engine = Engine(with_engine, max_rows=2, backend=TensorRTBackend)
+    does = lazy_cuda.Stream.synchronize
+    failures = iter([RuntimeError("cudaErrorLaunchFailure")])
+
+    def fails_once(self: lazy_cuda.Stream) -> None:
+        if error := next(failures, None):
+            self.line.clear()
+            raise error
+        does(self)
+
+    futures = engine.submit(requests)
+    engine.step()
+    monkeypatch.setattr(lazy_cuda.Stream, "synchronize", fails_once)
+    engine.step()
+    for future in futures:
+        with pytest.raises(SampleFailed, match=r"^the step failed: cudaErrorLaunchFailure$"):
+            future.result(timeout=0)
+    for one, other in zip(here, engine.generate(requests), strict=True):
+        assert one.pixels.tobytes() == other.pixels.tobytes()
+
+
+@needs_cxx
 @pytest.mark.parametrize("is_guided", [False, True])
 def test_onnx_runtime_gives_the_cpus_bits_on_one_stream(
     baked: Bundle, guided: Bundle, gpu: None, monkeypatch: pytest.MonkeyPatch, is_guided: bool
@@ -297,3 +332,34 @@ def test_buckets_are_powers_of_two_and_the_largest_batch(least: int, most: int, 
     for rows in range(1, most + 1):
         buckets(rows)
     assert ran == [min(size for size in sizes if size >= rows) for rows in range(1, most + 1)]
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_guided", [False, True])
+@pytest.mark.parametrize("way", ["onnxruntime", "torch", "tensorrt", "tensorrt_rtx"])
+def test_on_a_gpu_samples_are_the_cpus_to_rounding(
+    baked: Bundle, guided: Bundle, tmp_path: Path, way: str, is_guided: bool
+) -> None:
+    """TF32 and other orders of summation; what is wrong is far off."""
+    bundle = guided if is_guided else baked
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    backend: Any = OnnxCudaBackend
+    try:
+        if way == "torch":
+            backend = torch_backend(network(0), "cuda")
+        elif way != "onnxruntime":
+            pytest.importorskip(way, reason=f"{way} is not installed")
+            flavour: Flavour = "full" if way == "tensorrt" else "rtx"
+            bundle, _ = add_engines(bundle, tmp_path / "with", flavour=flavour, precisions=["float32"], batch=(1, 4, 8))
+            backend = TensorRTBackend
+        engine = Engine(bundle, max_rows=3, backend=backend)
+    except BackendError as error:
+        pytest.skip(str(error))
+    requests = requests_of(bundle, is_guided)
+    here = Engine(bundle, max_rows=3, threads=1).generate(requests)
+    for one, other in zip(here, engine.generate(requests), strict=True):
+        difference = np.sqrt(np.mean((one.pixels - other.pixels) ** 2) / np.mean(one.pixels**2))
+        assert difference < 0.05
