@@ -592,7 +592,9 @@ def export(
     solver: Annotated[str | None, typer.Option(help="Solver of a request that does not say; the method's own.")] = None,
     notice: Annotated[Path | None, typer.Option(help="File with the notices of the data's licence.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a bundle that is there.")] = False,
-    tensorrt: Annotated[bool, typer.Option("--tensorrt", help="BUNDLE: build TensorRT engines into it.")] = False,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="BUNDLE: build engines into it. --variant graph: for Triton's TensorRT.")
+    ] = False,
     precision: Annotated[
         str | None,
         typer.Option(help="BUNDLE: float32, float16, bfloat16, int8, int8-cpu, with commas."),
@@ -623,10 +625,15 @@ def export(
     """
     if repository is not None:
         folder = _export_to_triton(
-            source, repository, variant, solver, steps, name=name, is_decoupled=decoupled, max_rows=max_rows,
+            source, repository, variant, solver, steps, tensorrt, name=name, is_decoupled=decoupled, max_rows=max_rows,
             instances=instances, threads=threads, replace=replace,
         )  # fmt: skip
-        print(f"{folder}: written. To try it: fewstep triton check {repository} && fewstep triton serve {repository}")
+        if tensorrt:
+            print(f"{folder}: written; fewstep triton check {repository} says how its plan is made")
+        else:
+            print(
+                f"{folder}: written. To try it: fewstep triton check {repository} && fewstep triton serve {repository}"
+            )
         return
     _need_torch("export")
     if tensorrt or precision is not None:
@@ -655,6 +662,7 @@ def _export_to_triton(
     variant: str,
     solver: str | None,
     steps: int | None,
+    is_tensorrt: bool,
     *,
     is_decoupled: bool,
     **common: Any,
@@ -665,13 +673,15 @@ def _export_to_triton(
     bundle = Bundle.load(source)
     _one_of("--variant", variant, (*VARIANTS, "graph"))
     if variant != "graph":
+        if is_tensorrt:
+            _stop(f"--tensorrt: Triton's Python backend runs {variant}; a graph for TensorRT is --variant graph")
         chosen = _one_of("--variant", variant, VARIANTS)
         return write_model(bundle, repository, variant=chosen, is_decoupled=is_decoupled, **common)
     _need_torch("export --variant graph")
     from .deploy.triton_graph import write_graph_model
 
     _named("--steps", lambda: bundle.tableau(solver, steps))
-    return write_graph_model(bundle, repository, solver=solver, steps=steps, **common)
+    return write_graph_model(bundle, repository, solver=solver, steps=steps, is_tensorrt=is_tensorrt, **common)
 
 
 def _export_more(

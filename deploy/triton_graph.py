@@ -1,13 +1,15 @@
-"""The variant without Python: a student's whole sampler as one ONNX graph, for Triton's onnxruntime backend.
+"""The variant without Python: a student's whole sampler as one graph, for Triton's onnxruntime and tensorrt backends.
 
     NOISE FP32 [steps + 1, C, H, W], LABEL INT64 [1], GUIDANCE FP32 [1]  ->  IMAGE UINT8 [H, W, C]
 
 A model is one solver with one number of steps, whose table is in the graph. The client makes the noise, with
 `kernels.normals`: no ONNX operator gives the engine's. Pixels are the engine's to rounding, and are held against it
 before the model is written. The rows of a batch go through all steps together: requests join between samples.
+
+A TensorRT plan runs with the TensorRT that built it, on the GPU it was built for. So for that backend the graph is
+written with the configuration, and the command that makes the plan of it where it is to run: `plan_command`.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,16 @@ from ..export.onnx_file import save_model
 from ..export.sampler_graph import sampler_graph, sampler_inputs
 from ..export.update_op import weights_of
 from ..runtime import Bundle, Engine, Request, Tableau
-from .triton_repository import CONFIG, GRAPH, RepositoryError, new_model, queue_policy
+from .triton_repository import (
+    CONFIG,
+    GRAPH,
+    PLAN,
+    RepositoryError,
+    cores,
+    graph_sha256,
+    new_model,
+    queue_policy,
+)
 
 _INPUTS = {"noise": "NOISE", "label": "LABEL", "guidance": "GUIDANCE"}
 _TYPES: dict[int, str] = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.INT64: "TYPE_INT64"}
@@ -40,6 +51,7 @@ def write_graph_model(
     max_rows: int = 16,
     instances: int = 1,
     threads: int | None = None,
+    is_tensorrt: bool = False,
     replace: bool = False,
 ) -> Path:
     """Write a student's sampler as a model of a repository.
@@ -53,6 +65,7 @@ def write_graph_model(
         max_rows: the largest batch.
         instances: sessions.
         threads: CPU threads of one.
+        is_tensorrt: for the tensorrt backend.
         replace: take the place of a model of this name.
 
     Returns:
@@ -75,16 +88,19 @@ def write_graph_model(
             "variant": "graph",
             "solver": tableau.name,
             "steps": str(tableau.num_steps),
-            "sha256": hashlib.sha256((folder / "1" / GRAPH).read_bytes()).hexdigest(),
-            **({"intra_op_thread_count": str(threads)} if threads else {}),
+            "sha256": graph_sha256(folder / "1"),
+            **({"intra_op_thread_count": str(threads)} if threads and not is_tensorrt else {}),
+            **({"plan": plan_command(model, max_rows)} if is_tensorrt else {}),
         }
+        group = {"kind": "KIND_GPU" if is_tensorrt else "KIND_AUTO", "count": instances}
         config: dict[str, Any] = {
             "name": name,
-            "backend": "onnxruntime",
+            "backend": "tensorrt" if is_tensorrt else "onnxruntime",
+            **({"default_model_filename": PLAN} if is_tensorrt else {}),
             "max_batch_size": max_rows,
             "input": [_config_of(value) for value in model.graph.input],
             "output": [_config_of(value) for value in model.graph.output],
-            "instance_group": [{"kind": "KIND_AUTO", "count": instances}],
+            "instance_group": [group | cores(None if is_tensorrt else threads)],
             "version_policy": {"latest": {"num_versions": 1}},
             "dynamic_batching": queue_policy(),
             "parameters": {key: {"string_value": value} for key, value in said.items()},
@@ -118,14 +134,31 @@ def sampler_model(bundle: Bundle, tableau: Tableau) -> onnx.ModelProto:
     ):
         graph.node.append(helper.make_node(kind, [last, other], [f"fewstep.{made}"]))
         last = f"fewstep.{made}"
-    graph.node.append(helper.make_node("Cast", [last], ["fewstep.pixels"], to=TensorProto.UINT8))
-    graph.node.append(helper.make_node("Transpose", ["fewstep.pixels"], ["IMAGE"], perm=[0, 2, 3, 1]))
+    graph.node.append(helper.make_node("Transpose", [last], ["fewstep.pixels"], perm=[0, 2, 3, 1]))
+    graph.node.append(helper.make_node("Cast", ["fewstep.pixels"], ["IMAGE"], to=TensorProto.UINT8))  # TensorRT: last
     channels, height, width = bundle.manifest.sample_shape
     del graph.output[:]
     shape: list[int | str | None] = ["batch", height, width, channels]
     graph.output.append(helper.make_tensor_value_info("IMAGE", TensorProto.UINT8, shape))
     onnx.checker.check_model(model)
     return model
+
+
+def plan_command(model: onnx.ModelProto, max_rows: int) -> str:
+    """What makes ``model.plan`` of the graph, in the folder of both."""
+
+    def shapes(rows: int) -> str:
+        told = []
+        for value in model.graph.input:
+            dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim][1:]
+            told.append(f"{value.name}:{'x'.join(map(str, [rows, *dims]))}")
+        return ",".join(told)
+
+    usual = max(1, max_rows // 2)
+    return (
+        f"trtexec --onnx={GRAPH} --saveEngine={PLAN} --stronglyTyped --minShapes={shapes(1)} "
+        f"--optShapes={shapes(usual)} --maxShapes={shapes(max_rows)}"
+    )
 
 
 def _refuse_other_pixels(bundle: Bundle, tableau: Tableau, graph: Path) -> None:

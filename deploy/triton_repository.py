@@ -8,6 +8,7 @@
 The server's Python needs `REQUIREMENTS` and nothing of fewstep's, so an upgrade here changes no model there.
 """
 
+import hashlib
 import re
 import shutil
 import tempfile
@@ -26,7 +27,8 @@ from ..runtime.call import INPUTS, OUTPUTS, PRIORITY_LEVELS
 Variant = Literal["inflight", "iterative", "loop"]
 VARIANTS: tuple[Variant, ...] = ("inflight", "iterative", "loop")  # beside these there is `triton_graph`
 REQUIREMENTS = ("numpy", "onnxruntime", "pydantic", "safetensors", "pillow")  # by what they are installed as
-CONFIG, MODEL, BUNDLE, GRAPH = "config.pbtxt", "model.py", "bundle", "model.onnx"
+CONFIG, MODEL, BUNDLE, GRAPH, PLAN = "config.pbtxt", "model.py", "bundle", "model.onnx", "model.plan"
+CORES = "fewstep-cores"  # the rate limiter's name for CPU threads
 _PACKAGE = Path(__file__).parents[1]
 _CARRIED = ("kernels", "runtime", "deploy")
 _LEFT = shutil.ignore_patterns(
@@ -166,6 +168,8 @@ def model_config(
     outputs += [(one, kind, [1]) for one, kind in OUTPUTS.items() if one not in ("IMAGE", "PNG")]
     if is_decoupled:
         outputs += [("INDEX", "INT32", [1]), ("STEP", "INT32", [1]), ("IS_PREVIEW", "BOOL", [1])]
+    # What `inflight` works on does not show: its execute() returns at once.
+    limited = int(parameters.get("threads", 0)) if variant != "inflight" else None
     config: dict[str, Any] = {
         "name": name,
         "backend": "python",
@@ -174,7 +178,7 @@ def model_config(
             {"name": one, "data_type": _type(kind), "dims": [1], "optional": True} for one, kind in INPUTS.items()
         ],
         "output": [{"name": one, "data_type": _type(kind), "dims": dims} for one, kind, dims in outputs],
-        "instance_group": [{"kind": "KIND_CPU", "count": instances}],
+        "instance_group": [{"kind": "KIND_CPU", "count": instances} | cores(limited)],
         "model_transaction_policy": {"decoupled": is_decoupled},
         "version_policy": {"latest": {"num_versions": 1}},
         "parameters": {key: {"string_value": value} for key, value in parameters.items()},
@@ -193,6 +197,18 @@ def model_config(
     else:
         config["dynamic_batching"] = queue_policy()
     return str(text_format.MessageToString(ParseDict(config, ModelConfig())))
+
+
+def cores(threads: int | None) -> dict[str, Any]:
+    """What an instance takes of Triton's rate limiter: its threads, where they are known; it counts where it is on."""
+    return {"rate_limiter": {"resources": [{"name": CORES, "count": threads, "global": True}]}} if threads else {}
+
+
+def graph_sha256(version: Path) -> str:
+    """Of a graph's files: the ONNX file, and that of its weights where they are too large to stand in it."""
+    files = sorted(file for file in version.iterdir() if file.name.startswith(GRAPH))
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def queue_policy() -> dict[str, Any]:

@@ -34,7 +34,7 @@ from tritonclient.utils import InferenceServerException
 
 from ..kernels.native import cache_folders
 from ..runtime import Bundle, BundleError, Engine, Request
-from .triton_repository import BUNDLE, CONFIG, GRAPH, MODEL, VARIANTS, RepositoryError
+from .triton_repository import BUNDLE, CONFIG, GRAPH, MODEL, PLAN, VARIANTS, RepositoryError, graph_sha256
 
 _REQUIREMENTS = Path(__file__).with_name("triton-requirements.txt")
 _STAMP = "ready"
@@ -185,7 +185,8 @@ def _read_model(folder: Path) -> Model:
     if config.name != folder.name:
         raise RepositoryError(f"{path}: name is {config.name!r}, but must be the folder's, {folder.name!r}")
     variant = config.parameters["variant"].string_value if "variant" in config.parameters else ""
-    if (config.backend, variant) not in {("onnxruntime", "graph"), *(("python", one) for one in VARIANTS)}:
+    graphs = ("onnxruntime", "graph"), ("tensorrt", "graph")
+    if (config.backend, variant) not in {*graphs, *(("python", one) for one in VARIANTS)}:
         raise RepositoryError(f"{path}: is no model of fewstep's: backend {config.backend!r}, variant {variant!r}")
     versions = [place for place in folder.iterdir() if place.is_dir() and place.name.isdigit() and place.name != "0"]
     if not versions:
@@ -193,8 +194,11 @@ def _read_model(folder: Path) -> Model:
     version = max(versions, key=lambda place: int(place.name))
     if variant == "graph":
         graph = version / GRAPH
-        if not graph.is_file() or _sha256(graph) != config.parameters["sha256"].string_value:
+        if not graph.is_file() or graph_sha256(version) != config.parameters["sha256"].string_value:
             raise RepositoryError(f"{graph}: is missing or was altered; export the model again with --replace")
+        if config.backend == "tensorrt" and not (version / PLAN).is_file():
+            how = config.parameters["plan"].string_value
+            raise RepositoryError(f"{version / PLAN}: is missing; with the server's TensorRT: cd {version} && {how}")
         return Model(folder.name, variant, False, None)
     for name in (MODEL, "fewstep/deploy/triton_model.py"):
         if not (version / name).is_file():
@@ -405,10 +409,6 @@ def request_inputs(case: Case) -> list[Any]:
         one.set_data_from_numpy(array)
         inputs.append(one)
     return inputs
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _is_ready(port: int) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import tritonclient.grpc as triton_grpc
@@ -33,6 +34,7 @@ from fewstep.deploy.perf_analyzer import perf_analyzer
 from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
 from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, write_model
 from fewstep.deploy.triton_server import Environment, NoTritonHere, TritonError, free_ports, read_repository, running
+from fewstep.export.engines import build_engine, tensorrt_of
 from fewstep.runtime import Bundle, Engine, Request
 
 Pixels = NDArray[np.uint8]
@@ -368,6 +370,76 @@ def test_the_graph_gives_the_engines_pixels_from_the_inputs_that_its_configurati
     expected = np.stack([sample.to_uint8() for sample in Engine(bundle, threads=1).generate(requests)])
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
     assert np.mean(images == expected) > 0.99
+
+
+def test_the_graph_for_the_tensorrt_backend_is_what_tensorrt_takes(
+    make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its parser and builder make an engine of it, whose inputs and outputs are those that the configuration names.
+
+    It is TensorRT for RTX, which builds without a GPU; Triton's is the full one.
+    """
+    bundle = Bundle.load(make_bundle())
+    folder = write_graph_model(
+        bundle, tmp_path / "repository", solver="dpmpp_2m", steps=2, max_rows=8, is_tensorrt=True
+    )
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
+    assert (config.backend, config.default_model_filename) == ("tensorrt", "model.plan")
+    with pytest.raises(RepositoryError, match=r"model\.plan: is missing; with the server's TensorRT: cd .*/1 && trt"):
+        read_repository(tmp_path / "repository")
+    command = config.parameters["plan"].string_value
+    assert "--minShapes=NOISE:1x3x1x8x8,LABEL:1 " in command
+    assert command.endswith("--maxShapes=NOISE:8x3x1x8x8,LABEL:8")
+    graph = folder / "1" / "model.onnx"
+    assert len(build_engine(onnx.load(graph), batch=(1, 4, 8)).data) > 1000
+    trt = tensorrt_of("rtx")
+    builder = trt.Builder(logger := trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    assert trt.OnnxParser(network, logger).parse_from_file(str(graph))
+    values = [network.get_input(i) for i in range(network.num_inputs)] + [network.get_output(0)]
+    kinds = {"TYPE_FP32": trt.float32, "TYPE_INT64": trt.int64, "TYPE_UINT8": trt.uint8}
+    for one, value in zip((*config.input, *config.output), values, strict=True):
+        assert (one.name, kinds[DataType.Name(one.data_type)]) == (value.name, value.dtype)
+        shape = list(one.reshape.shape) if one.HasField("reshape") else list(one.dims)
+        assert list(value.shape) == [-1, *shape]
+
+
+def test_a_graphs_weights_beside_it_are_proved_too(
+    make_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.export.onnx_file._OUTSIDE", 0)
+    folder = write_graph_model(Bundle.load(make_bundle()), tmp_path / "repository", solver="ddim", steps=2)
+    (model,) = read_repository(tmp_path / "repository")
+    assert model.variant == "graph"
+    data = folder / "1" / "model.onnx.data"
+    weights = bytearray(data.read_bytes())
+    weights[100] ^= 1
+    data.write_bytes(weights)
+    with pytest.raises(RepositoryError, match=r"model\.onnx: is missing or was altered; export the model again"):
+        read_repository(tmp_path / "repository")
+    data.unlink()
+    with pytest.raises(RepositoryError, match=r"model\.onnx: is missing or was altered; export the model again"):
+        read_repository(tmp_path / "repository")
+
+
+def test_models_take_turns_where_the_rate_limiter_says_so(
+    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two models of one thread each, on a server that has one core to give."""
+    bundle = Bundle.load(make_bundle())
+    for name in ("one", "two"):
+        folder = write_model(bundle, tmp_path / "repository", variant="loop", name=name, threads=1)
+        config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
+        (resource,) = config.instance_group[0].rate_limiter.resources
+        assert (resource.name, resource.count) == ("fewstep-cores", 1)
+    flags = ["--rate-limit=execution_count", "--rate-limit-resource=fewstep-cores:1"]
+    with (
+        running(environment, tmp_path / "repository", tmp_path / "log", arguments=flags) as (http, _),
+        ThreadPoolExecutor(8) as pool,
+    ):
+        asked = {"SOLVER": "ddim", "STEPS": 2, "LABEL": 3, "SEED": 7}
+        images = list(pool.map(lambda i: over_http(http, ("one", "two")[i % 2], asked), range(16)))
+    assert len(set(sha256(images))) == 1
 
 
 def test_a_graph_of_a_student_that_calls_its_network_twice_is_refused(
