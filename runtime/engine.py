@@ -60,6 +60,7 @@ class Counters:
     expired: int = 0
     failed: int = 0
     rejected: int = 0
+    preempted: int = 0  # times that a running row made room for one of higher priority
     busy_s: float = 0.0  # time spent in ticks
     queue_s: float = 0.0  # of the finished samples: time in line
     run_s: float = 0.0  # and time from their first network call to their end
@@ -407,17 +408,27 @@ class Engine:
         self._end(tickets, "running")
 
     def _admit(self, now_s: float) -> None:
-        first = len(self._slots)
-        places = self._slots.capacity - first
-        if not places or not len(self._scheduler):
+        if not len(self._scheduler):
             return
+        slots = self._slots
         with self._lock:
-            tickets, over = self._scheduler.take(places, now_s)
+            tickets, over = self._scheduler.take(slots.capacity - len(slots), now_s)
+            while len(slots) + len(tickets) == slots.capacity:
+                i = self._scheduler.outranked(slots.tickets, slots.left, now_s)
+                if i is None:
+                    break
+                self._scheduler.put_back(slots.pause(i))
+                self.counters.preempted += 1
+                more, gone = self._scheduler.take(1, now_s)
+                tickets += more
+                over += gone
         self._end(over, "waiting")
         guidance = self.bundle.manifest.guidance
         labels = self.bundle.manifest.labels
+        tickets.sort(key=lambda ticket: ticket.paused is None)
+        first = len(slots) + sum(ticket.paused is not None for ticket in tickets)
         for ticket in tickets:
-            ticket.started_s = now_s
+            ticket.started_s = ticket.started_s or now_s
             request = ticket.request
             null = labels.null if labels and labels.null is not None else 0
             label = null if request.label is None else request.label
@@ -427,10 +438,11 @@ class Engine:
             except Exception as error:
                 log.exception("%s: %s cannot be packed", self.bundle.name, request.tableau.name)
                 self._fail(ticket, SampleFailed(f"its table cannot be run: {error}"))
+                first -= ticket.paused is not None
                 continue
-            self._slots.add(ticket, rows, label, scale)
-        if len(self._slots) > first:
-            self._update(slice(first, len(self._slots)), self._input)  # the start row reads no network output
+            slots.add(ticket, rows, label, scale)
+        if len(slots) > first:
+            self._update(slice(first, len(slots)), self._input)  # the start row reads no network output
 
     def _gather(self, rows: int) -> int:
         """Say the network's small inputs for the first rows; how many rows its call takes, guidance included."""
@@ -640,7 +652,11 @@ class Engine:
             return requests
         left_s = min(deadlines) - now_s
         ahead = list(self._scheduler.ahead(requests[0]))
-        running = self._slots.left[: len(self._slots)].tolist()
+        first = requests[0]
+        running = [
+            0 if self._scheduler.gives_way(ticket, first.priority, first.priority, now_s) else int(left)
+            for ticket, left in zip(self._slots.tickets, self._slots.left, strict=False)
+        ]
         capacity = self._slots.capacity
         free = ticks_to_start(running, (ticket.request.tableau.num_steps for ticket in ahead), capacity)
         company = [*(ticket.request for ticket in (*self._slots.tickets, *ahead)), *requests]

@@ -7,6 +7,7 @@ waiting and running requests are pending, cancelling the future is cancelling th
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +125,15 @@ class SampleFuture(Future[Sample]):
         return self.is_cancelled
 
 
+class Paused(NamedTuple):
+    """What a request that made room for another takes along, on the device of its slot."""
+
+    x: Any  # [elements]
+    network_input: Any  # [elements]
+    history: Any  # [places, elements]
+    left: int  # table rows to go
+
+
 @dataclass(slots=True)
 class Ticket:
     """A request on its way; owned by the engine."""
@@ -132,7 +142,12 @@ class Ticket:
     future: SampleFuture
     submitted_s: float
     on_preview: Callable[[Preview], None] | None = None
-    started_s: float = 0.0
+    started_s: float = 0.0  # 0 until it has
+    paused: Paused | None = None  # set while it waits to go on
+
+    def rank(self, now_s: float, ageing_s: float) -> float:
+        """Its priority, and a level more for each ``ageing_s`` since it came."""
+        return self.request.priority + (now_s - self.submitted_s) / ageing_s
 
     def is_over(self, now_s: float) -> bool:
         """Whether nobody wants the sample any more: cancelled, or past its deadline."""

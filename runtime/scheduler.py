@@ -5,16 +5,23 @@ Within a level the caller who was given least goes first, and each caller's own 
 is start-time fair queueing (Goyal, Vin and Cheng 1996): a request is due when its caller's one before it would be
 done, were every caller served at once, and the earliest due starts. With one caller: first come, first served.
 
+When all places are taken, a request of higher priority gets the place of one of lower priority at the next step. That
+one goes back to the head of its line with what it needs, and goes on later to the same bits.
+
 The scheduler owns the waiting line and nothing else: running requests belong to the slots. Cancelled and expired
 requests are dropped when they come up, or when the line is full. Ending them is the engine's work, after the lock: a
 future's callbacks may submit again.
 """
 
 import heapq
+import math
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .request import Request, Sample, Ticket
 
@@ -80,6 +87,34 @@ class Scheduler:
         self._num += 1
         self._of_caller[request.caller] += 1
 
+    def put_back(self, ticket: Ticket) -> None:
+        """Put a request that had started at the head of its level; it costs its caller nothing more."""
+        level = self._levels.setdefault(ticket.request.priority, _Level())
+        heapq.heappush(level.line, (-math.inf, next(self._arrival), ticket))
+        self._num += 1
+        self._of_caller[ticket.request.caller] += 1
+
+    def gives_way(self, running: Ticket, priority: int, rank: float, now_s: float) -> bool:
+        """Whether one that runs would make room for a request of this priority and rank.
+
+        It does when its priority is lower, unless it has outgrown the difference by ageing or was promised a deadline.
+        """
+        own = running.request
+        is_lower = own.priority < priority and own.deadline_s is None
+        return is_lower and running.rank(now_s, self._ageing_s) < rank
+
+    def outranked(self, running: Sequence[Ticket], left: NDArray[np.int32], now_s: float) -> int | None:
+        """Which of those that run makes room for the one that is next, if any does.
+
+        Of the lowest priority among them the one with the most table rows ``left``, so that least is put off.
+        """
+        if not self._levels:
+            return None
+        head = self._levels[self._next(now_s)].line[0][2]
+        priority, rank = head.request.priority, head.rank(now_s, self._ageing_s)
+        below = [i for i, ticket in enumerate(running) if self.gives_way(ticket, priority, rank, now_s)]
+        return min(below, key=lambda i: (running[i].request.priority, -left[i])) if below else None
+
     def num_of(self, caller: str) -> int:
         """How many of a caller's wait."""
         return self._of_caller[caller]
@@ -128,7 +163,7 @@ class Scheduler:
         wanted: list[Ticket] = []
         over: list[Ticket] = []
         while len(wanted) < places and self._levels:
-            priority = max(self._levels, key=lambda priority: self._rank(priority, now_s))
+            priority = self._next(now_s)
             level = self._levels[priority]
             due, _, ticket = heapq.heappop(level.line)
             level.shares.serve(due)
@@ -145,6 +180,10 @@ class Scheduler:
         if not self._of_caller[caller]:
             del self._of_caller[caller]
 
-    def _rank(self, priority: int, now_s: float) -> tuple[float, int]:
-        waited_s = now_s - self._levels[priority].line[0][2].submitted_s
-        return priority + waited_s / self._ageing_s, priority
+    def _next(self, now_s: float) -> int:
+        """The level whose head starts next."""
+
+        def rank(priority: int) -> tuple[float, int]:
+            return self._levels[priority].line[0][2].rank(now_s, self._ageing_s), priority
+
+        return max(self._levels, key=rank) if len(self._levels) > 1 else next(iter(self._levels))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .devices import Cpu, Device
-from .request import Ticket
+from .request import Paused, Ticket
 
 
 class Slots:
@@ -41,11 +41,28 @@ class Slots:
         return len(self.tickets)
 
     def add(self, ticket: Ticket, rows: range, label: int, guidance: float) -> None:
-        """Give a request the next place; ``rows`` are its table rows."""
+        """Give a request the next place; ``rows`` are its table rows. One that was paused goes on where it stood."""
         i = len(self.tickets)
         self.tickets.append(ticket)
-        self.table_row[i], self.left[i] = rows.start, len(rows)
+        self.left[i] = len(rows)
+        if ticket.paused is not None:
+            self.x[i], self.network_input[i], self.left[i] = (
+                ticket.paused.x,
+                ticket.paused.network_input,
+                ticket.paused.left,
+            )
+            self.history[i, : len(ticket.paused.history)] = ticket.paused.history
+            ticket.paused = None
+        self.table_row[i] = rows.stop - self.left[i]
         self.seed[i], self.label[i], self.guidance[i] = ticket.request.seed, label, guidance
+
+    def pause(self, i: int) -> Ticket:
+        """Free place ``i``; its request takes along what it needs to go on in any other one."""
+        ticket = self.tickets[i]
+        x, network_input, history = (array[i].copy() for array in (self.x, self.network_input, self.history))
+        ticket.paused = Paused(x, network_input, history, int(self.left[i]))
+        self.remove(i)
+        return ticket
 
     def remove(self, i: int) -> None:
         """Free place ``i``; the last row moves there."""

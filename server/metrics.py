@@ -40,6 +40,7 @@ class _Engines(Collector):
         queue = UnknownMetricFamily("nv_inference_queue_duration_us", "Of it, time in line", labels=_LABELS)
         running = GaugeMetricFamily("fewstep_running_rows", "Samples in slots", labels=_LABELS)
         places = GaugeMetricFamily("fewstep_max_rows", "Slots", labels=_LABELS)
+        preempted = UnknownMetricFamily("fewstep_preemption_count", "Rows that made room for others", labels=_LABELS)
         line = GaugeMetricFamily("fewstep_waiting_samples", "Samples waiting", labels=[*_LABELS, "priority"])
         tick = GaugeMetricFamily("fewstep_tick_seconds", "Measured cost of a tick without its rows", labels=_LABELS)
         row = GaugeMetricFamily("fewstep_tick_row_seconds", "Measured cost of each row in a tick", labels=_LABELS)
@@ -68,6 +69,7 @@ class _Engines(Collector):
             request.add_metric(labels, (done.queue_s + done.run_s) * 1e6)
             queue.add_metric(labels, done.queue_s * 1e6)
             running.add_metric(labels, engine.num_running)
+            preempted.add_metric(labels, done.preempted)
             places.add_metric(labels, engine.max_rows)
             for priority, num in sorted(engine.waiting_by_priority.items()):
                 line.add_metric([*labels, str(priority)], num)
@@ -76,4 +78,4 @@ class _Engines(Collector):
             row.add_metric(labels, row_s)
             deviation.add_metric(labels, engine.pace.deviation_s)
         yield from (success, failure, count, executions, compute, request, queue, pending, running, places, line)
-        yield from (tick, row, deviation)
+        yield from (tick, row, deviation, preempted)

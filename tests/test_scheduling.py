@@ -147,7 +147,7 @@ def test_the_engine_takes_exactly_the_ticks_that_are_foretold(
     assert took == foretold
 
 
-# --- deadlines
+# --- a device with a clock of its own
 
 
 class Clocked:
@@ -175,6 +175,105 @@ def clocked(bundle: Bundle, clock: SimpleNamespace, max_rows: int = 4, **kwargs:
     )
     engine.warm_up()
     return engine
+
+
+# --- making room at a step
+
+
+def test_a_higher_priority_takes_a_place_at_the_next_step_and_the_other_goes_on_to_the_same_bits(
+    baked: Bundle, clock: SimpleNamespace
+) -> None:
+    engine = clocked(baked, clock, max_rows=2)
+    low = [Request(seed, baked.tableau("dpmpp_2m", 8), 1) for seed in (1, 2)]
+    high = Request(3, baked.tableau("ddim", 1), 1, priority=1)
+    (first,) = engine.submit(low[:1])
+    engine.step()
+    (second,) = engine.submit(low[1:])
+    for _ in range(2):
+        engine.step()
+    (urgent,) = engine.submit([high])
+    engine.step()
+    assert urgent.done()
+    assert engine.counters.preempted == 1
+    assert [engine.place(future) for future in (first, second)] == [None, 0]  # the one with more to go
+    ticks = engine.counters.ticks
+    while engine.step():
+        pass
+    alone = Engine(baked, max_rows=1, threads=1).generate([*low, high])
+    for future, sample in zip((first, second, urgent), alone, strict=True):
+        assert np.array_equal(future.result(0).pixels, sample.pixels)
+    assert engine.counters.ticks - ticks == 6  # the second had two of eight steps behind it, and none is done twice
+    assert engine.counters.row_steps == 17
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting"),
+    [
+        ({"priority": 1}, {"priority": 1}),
+        ({"priority": 2}, {"priority": 1}),
+        ({"deadline_s": 1e9}, {"priority": 5}),
+    ],
+    ids=["equal", "lower", "promised"],
+)
+def test_who_keeps_a_place(
+    baked: Bundle, clock: SimpleNamespace, running: dict[str, Any], waiting: dict[str, Any]
+) -> None:
+    engine = clocked(baked, clock, max_rows=1)
+    first = Request(0, baked.tableau("ddim", 8), 0, **running)
+    engine.submit([first])
+    engine.step()
+    clock.now_s += 1000
+    (other,) = engine.submit([replace(first, deadline_s=None, **waiting)])
+    for _ in range(6):
+        engine.step()
+    assert engine.counters.preempted == 0
+    assert not other.done()
+
+
+def test_a_stream_of_higher_priority_does_not_keep_one_from_its_end(baked: Bundle, clock: SimpleNamespace) -> None:
+    engine = clocked(baked, clock, max_rows=1, ageing_s=1.0)
+    (low,) = engine.submit([Request(0, baked.tableau("ddim", 8), 0)])
+    engine.step()
+    start_s = clock.now_s
+    while not low.done():
+        engine.submit([Request(1, baked.tableau("ddim", 1), 0, priority=3)])
+        engine.step()
+        assert clock.now_s - start_s < 4.0  # in 3 s it has outgrown those that come then
+    assert engine.counters.preempted > 0
+
+
+def test_a_deadline_reckons_with_places_that_it_may_take(baked: Bundle, clock: SimpleNamespace) -> None:
+    engine = clocked(baked, clock, max_rows=1)
+    engine.submit([Request(0, baked.tableau("ddim", 8), 0)])
+    engine.step()
+    with pytest.raises(DeadlineInfeasible):
+        engine.submit([hurried(baked, clock, 0.2, 2)])
+    (urgent,) = engine.submit([replace(hurried(baked, clock, 0.2, 2), priority=1)])
+    while not urgent.done():
+        engine.step()
+    assert urgent.result(0).num_steps == 2
+
+
+def test_one_that_made_room_can_be_cancelled_and_its_table_unloaded(baked: Bundle, clock: SimpleNamespace) -> None:
+    engine = clocked(baked, clock, max_rows=1)
+    mine = replace(baked.tableau("ddim", 8), name="mine")
+    engine.load_table(mine)
+    low, other = engine.submit([Request(0, mine, 0), Request(1, mine, 0)])
+    engine.step()
+    (high,) = engine.submit([Request(2, baked.tableau("ddim", 2), 0, priority=1)])
+    engine.step()
+    assert engine.num_waiting == 2
+    engine.unload_table("mine", 8)
+    other.cancel()
+    while engine.step():
+        pass
+    (same,) = Engine(baked, max_rows=1, threads=1).generate([Request(0, mine, 0)])
+    assert np.array_equal(low.result(0).pixels, same.pixels)
+    assert high.done()
+    assert (engine.counters.finished, engine.counters.cancelled) == (2, 1)
+
+
+# --- deadlines
 
 
 def hurried(bundle: Bundle, clock: SimpleNamespace, within_s: float, *choices: int) -> Request:
