@@ -5,6 +5,7 @@ filled from it; only `Device`'s functions may cross.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class OtherBackend:
 
 @pytest.mark.parametrize("is_guided", [False, True])
 def test_samples_of_another_device_are_the_cpus_to_the_bit(baked: Bundle, guided: Bundle, is_guided: bool) -> None:
-    """With rows that join and leave; only finished samples come back."""
+    """With rows that join, leave and make room; only finished samples come back."""
     bundle = guided if is_guided else baked
     asked = [("ancestral", 4), ("dpmpp_2m", 3), ("ddim", 8), ("heun", 7), ("ancestral", 1)]
     requests = [
@@ -94,9 +95,16 @@ def test_samples_of_another_device_are_the_cpus_to_the_bit(baked: Bundle, guided
         return made[0]
 
     here = Engine(bundle, max_rows=3, threads=1).generate(requests)
-    there = Engine(bundle, max_rows=3, backend=backend).generate(requests)
+    engine = Engine(bundle, max_rows=3, backend=backend)
+    there = []
+    for i, request in enumerate(requests):
+        there += engine.submit([replace(request, priority=i // 3)])
+        engine.step()
+    while engine.step():
+        pass
+    assert engine.counters.preempted > 2
     for one, other in zip(here, there, strict=True):
-        assert one.pixels.tobytes() == other.pixels.tobytes()
+        assert one.pixels.tobytes() == other.result(0).pixels.tobytes()
     sample = int(np.prod(bundle.manifest.sample_shape)) * 4
     assert made[0].counted.bytes_out == sample * len(requests)
     calls = sum(request.tableau.num_steps for request in requests)

@@ -236,6 +236,23 @@ def test_without_graphs_the_bits_are_the_same(baked: Bundle, fake: Any, tmp_path
 
 
 @needs_cxx
+def test_rows_that_make_room_go_on_to_the_same_bits(baked: Bundle, fake: Any, tmp_path: Any) -> None:
+    with_engine, _ = fake(baked, tmp_path, flavour="full")
+    requests = requests_of(baked, False)
+    here = Engine(baked, max_rows=3, threads=1).generate(requests)
+    engine = Engine(with_engine, max_rows=3, backend=TensorRTBackend)
+    there = []
+    for i, request in enumerate(requests):
+        there += engine.submit([dataclasses.replace(request, priority=i // 3)])
+        engine.step()
+    while engine.step():
+        pass
+    assert engine.counters.preempted > 2
+    for one, other in zip(here, there, strict=True):
+        assert one.pixels.tobytes() == other.result(0).pixels.tobytes()
+
+
+@needs_cxx
 def test_an_engine_of_larger_batches_runs_smaller_ones_padded(baked: Bundle, fake: Any, tmp_path: Any) -> None:
     with_engine, module = fake(baked, tmp_path, flavour="full", batch=(4, 8, 16))
     requests = requests_of(baked, False)[:2]
