@@ -54,8 +54,9 @@ class Connection(HttpToolsProtocol):
         """See uvicorn; without its timer."""
         if self.pipeline:
             super().on_response_complete()
-        else:
-            self.server_state.total_requests += 1
+            return
+        self.server_state.total_requests += 1
+        if not self.transport.is_closing():
             self.flow.resume_reading()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
