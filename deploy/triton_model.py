@@ -15,6 +15,7 @@ import base64
 import json
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -27,6 +28,7 @@ import triton_python_backend_utils as pb  # Triton's; it exists in its processes
 from ..runtime import Bundle, Engine, EngineThread, Preview, RequestError, Sample, SampleFailed
 from ..runtime.call import INPUTS, NAMES, CallError, in_words, outputs_of, requests_of
 
+_CANCEL_S = 0.1  # between looks at whether clients went away; a look is a question to Triton's other process
 _FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _AGAIN = pb.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE
 
@@ -163,13 +165,14 @@ class Inflight:
     """The engine steps in a thread of its own; execute() only hands over.
 
     It hands over no more images than the slots hold and once as many to refill them from, then waits: the rest stays in
-    Triton's queue, where priorities, timeouts and the bound of the queue work.
+    Triton's queue, where priorities, timeouts and the bound of the queue work. Who cancels frees its slots soon after.
     """
 
     def __init__(self, student: Student) -> None:
         self._student = student
         self._room = threading.Semaphore(2 * student.max_rows)
         self._ended: queue.SimpleQueue[tuple[Any, Any, bool] | None] = queue.SimpleQueue()
+        self._live: dict[int, tuple[Call, Any]] = {}  # calls under way, and their senders; by the call's id()
         self._steps = EngineThread([student.engine])
         self._answers = threading.Thread(target=self._answer, name="fewstep-answers", daemon=True)
         self._steps.start()
@@ -198,6 +201,8 @@ class Inflight:
             with lock:
                 unfinished -= 1
                 is_last = not unfinished
+            if is_last:
+                self._live.pop(id(call), None)
             if not self._student.is_decoupled:
                 if is_last:
                     self._ended.put((sender, call.answer, True))
@@ -213,14 +218,30 @@ class Inflight:
                 future.set_exception(error)
             future.add_done_callback(lambda _: self._room.release())
             call.futures.append(future)
+        self._live[id(call)] = call, sender
         # Only now: a call is answered when all its images are known.
         for i, future in enumerate(call.futures):
             future.add_done_callback(partial(on_end, i))
 
     def _answer(self) -> None:
-        while (ended := self._ended.get()) is not None:
-            sender, response, is_last = ended
-            sender.send(response(), flags=_FINAL if is_last else 0)
+        looked_s, before = time.monotonic(), set[int]()
+        while True:
+            try:
+                ended = self._ended.get(timeout=_CANCEL_S)
+            except queue.Empty:
+                pass
+            else:
+                if ended is None:
+                    return
+                sender, response, is_last = ended
+                sender.send(response(), flags=_FINAL if is_last else 0)
+            if time.monotonic() - looked_s > _CANCEL_S:
+                live = dict(self._live)
+                for name in live.keys() & before:  # those that have been here since the last look
+                    call, sender = live[name]
+                    if not call.is_done and sender.is_cancelled():
+                        call.cancel()
+                looked_s, before = time.monotonic(), set(live)
 
     def finalize(self) -> None:
         """Finish what was handed over, then stop."""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -324,6 +325,44 @@ def test_cancelled_calls_leave_the_others_alone(where: Where, variant: str) -> N
             call.cancel()
         assert sha256([one.result(60) for one in kept]) == expected
         assert sha256([over_grpc(where.grpc, model, one) for one in ASKED]) == expected
+
+
+def test_an_inflight_model_stops_the_samples_of_a_client_that_went_away(
+    environment: Environment, tmp_path: Path
+) -> None:
+    """Thirty-two images under way or in the engine's line, cancelled: who comes next waits for few of them."""
+    write_model(Bundle.load(), tmp_path / "repository", name="student", max_rows=16, threads=1)
+    asked = {"LABEL": 1, "STEPS": 8}
+    ended: queue.Queue[Any] = queue.Queue()
+    shares = []
+    with (
+        running(environment, tmp_path / "repository", tmp_path / "log") as (_, grpc),
+        triton_grpc.InferenceServerClient(grpc) as client,
+    ):
+
+        def all_at_once() -> list[Any]:
+            return [
+                client.async_infer(
+                    "student", inputs(triton_grpc, {**asked, "SEED": i}), lambda result, error: ended.put(error)
+                )
+                for i in range(32)
+            ]
+
+        for _ in range(4):
+            start_s = time.monotonic()
+            all_at_once()
+            assert [ended.get(timeout=60) for _ in range(32)] == [None] * 32
+            took_s = time.monotonic() - start_s
+            start_s = time.monotonic()
+            calls = all_at_once()
+            time.sleep(0.1 * took_s)
+            for call in calls:
+                call.cancel()
+            over_grpc(grpc, "student", {**asked, "SEED": 7, "STEPS": 1})
+            shares.append((time.monotonic() - start_s) / took_s)
+            for _ in range(32):
+                ended.get(timeout=60)
+    assert sorted(shares)[1] < 0.4, shares  # about 0.2; were they finished, it would be 0.9
 
 
 def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
