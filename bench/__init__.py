@@ -7,6 +7,8 @@
     report      what was measured, as JSON and for the terminal; page is the same as a web page
     compare     whether two reports differ by more than noise
     run         all of it in order
+    simulation  a load on replicas that are real engines on a virtual clock
+    capacity    how many of them it needs, and measuring what one costs; plan is the command
 
 In an open loop the clock of a request starts when it was meant to be sent, whether or not anything was free to send it
 then. A server that stalls is charged for everyone who would have come meanwhile.
