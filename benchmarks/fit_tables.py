@@ -4,6 +4,7 @@
     python benchmarks/fit_tables.py digits --bundle FOLDER      a bundle of the digits recipe's teacher
     python benchmarks/fit_tables.py fashion --bundle FOLDER
     python benchmarks/fit_tables.py recorded                    what the embedded teacher's tables say of themselves
+    python benchmarks/fit_tables.py served                      all its tables of 3 to 8 steps against one reference
 
 Each adds its part to docs/results/fitting.json; of a bundle, what was asked for takes the place of what stood there
 for the same guidance, solver, steps and arm. Every number is over seeds of the noise that is fitted on and of the noise
@@ -47,7 +48,7 @@ BASES = ("ddim", "euler", "ipndm_4", "dpm_solver_1", "dpm_solver_2", "dpm_solver
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("mixture", "digits", "fashion", "recorded"))
+    parser.add_argument("part", choices=("mixture", "digits", "fashion", "recorded", "served"))
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8])
     parser.add_argument("--solvers", nargs="+", default=["ddim", "dpmpp_2m"])
@@ -66,6 +67,8 @@ def main() -> None:
         results = mixture(asked.seeds)
     elif asked.part == "recorded":
         results = recorded(Bundle.load(str(asked.bundle or "fashion-mnist-teacher")))
+    elif asked.part == "served":
+        results = served(Bundle.load(str(asked.bundle or "fashion-mnist-teacher")), asked.samples, asked.seeds)
     elif asked.bundle is None:
         sys.exit(f"{asked.part} needs --bundle")
     else:
@@ -195,6 +198,23 @@ def mixture(seeds: int) -> dict[str, Any]:
 
 
 # --- bundles
+
+
+def served(loaded: Bundle, samples: int, seeds: int) -> dict[str, Any]:
+    """How far a bundle's tables end from one reference: DPM-Solver++(2M) with 48 steps, at the default guidance."""
+    network = network_of(loaded, loaded.manifest.guidance.default, 1, lambda rows: None)
+    exact = SOLVERS["dpmpp_2m"](levels_of(loaded, "dpmpp_2m", 48))
+    worlds = [samples_of(loaded, seed, True, samples) for seed in range(seeds)]
+    ends = [follow(exact, network, world)[-1] for world in worlds]
+    rows: list[dict[str, Any]] = []
+    for (solver, steps), table in sorted(loaded.tableaus.items(), key=lambda item: (item[0][1], item[0][0])):
+        if 3 <= steps <= 8 and not table.is_stochastic:
+            errors = [rms(follow(table, network, world)[-1] - end) for world, end in zip(worlds, ends, strict=True)]
+            rows.append({"steps": steps, "solver": solver, "rmse": spread(errors), "table_sha256": table.sha256})
+            print(f"{steps} {solver}: {np.mean(errors):.4f}", flush=True)
+    return {"bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "samples": samples, "seeds": seeds,
+            "guidance": loaded.manifest.guidance.default, "rows": rows}  # fmt: skip
+
 
 ARMS = ("dode local", "dode", "rows", "end-to-end")
 

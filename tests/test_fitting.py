@@ -1,5 +1,6 @@
 """Learned tables: what fits promise, on a teacher known exactly, and on a bundle."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -348,3 +349,16 @@ def test_fitted_tables_in_one_batch_are_each_as_alone(guided_teacher: Bundle) ->
     for request, sample in zip(requests, together, strict=True):
         (alone,) = make(max_rows=1).generate([request])
         assert np.array_equal(alone.pixels, sample.pixels), request.tableau.name
+
+
+def test_the_embedded_defaults_are_the_best_that_were_measured() -> None:
+    """For each number of steps, of the tables that are in the bundle; see ``benchmarks/fit_tables.py served``."""
+    results = json.loads((Path(__file__).parents[1] / "docs" / "results" / "fitting.json").read_text("utf-8"))["served"]
+    bundle = Bundle.load("fashion-mnist-teacher")
+    assert results["weights_sha256"] == bundle.weights_sha256
+    for steps in range(3, 9):
+        rows = [row for row in results["rows"] if row["steps"] == steps]
+        held = {solver: table.sha256 for (solver, its), table in bundle.tableaus.items() if its == steps}
+        assert {row["solver"]: row["table_sha256"] for row in rows} == held
+        best = min(rows, key=lambda row: row["rmse"]["mean"])
+        assert bundle.tableau(num_steps=steps).sha256 == best["table_sha256"]
