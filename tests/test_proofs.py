@@ -546,9 +546,9 @@ def test_memory_stays_flat_over_many_requests(serving: Serving, make_bundle: Cal
 def test_ten_thousand_compositions_change_no_request() -> None:
     """Both embedded students: any of their tables, seeds, labels and guidance, joining at any step, in any batch.
 
-    For every day a hundred: `test_engine` has twelve hundred of small students.
+    For every day sixty: `test_engine` has twelve hundred of small students.
     """
-    rng, total = np.random.default_rng(11), 10_000 if SCALE >= 1 else 100
+    rng, total = np.random.default_rng(11), 10_000 if SCALE >= 1 else 60
     compared, rows = 0, Counter[int]()
     for bundle in map(Bundle.load, (None, "fashion-mnist-teacher")):
         tables = [tableau for tableau in bundle.tableaus.values() if tableau.num_steps <= 4]

@@ -69,7 +69,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-    torch.set_flush_denormal(False)
+    assert torch.tensor(1e-40) * 0.5 != 0  # small numbers are what they were before
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,14 @@ def _work(rank: int, recipe: Recipe, out: Path, images: Images, precision: str, 
     cpu = not torch.cuda.is_available()
     if cpu:
         torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
+    torch.set_flush_denormal(cpu)
+    try:
+        _stages(cpu, recipe, out, images, precision, until, quiet)
+    finally:
+        torch.set_flush_denormal(False)  # it is the whole process's, whose other work counts on them
+
+
+def _stages(cpu: bool, recipe: Recipe, out: Path, images: Images, precision: str, until: Part, quiet: bool) -> None:
     AcceleratorState._reset_state()  # else a process is held to its first precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=MIXED_PRECISION[precision])
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process)
