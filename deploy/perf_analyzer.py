@@ -60,7 +60,7 @@ def perf_analyzer(
         command = [str(tool / "bin" / "perf_analyzer"), "-m", model, "-u", address, "-i", protocol, "-f", str(report)]
         command += ["--concurrency-range", str(clients), "--percentile", "99", "--input-data", str(data)]
         command += ["--measurement-mode", "count_windows", "--measurement-request-count", str(requests)]
-        command += ["--max-trials", "3", "--stability-percentage", "900"]  # how stable it is, runs in turn tell
+        command += ["--max-trials", "10", "--stability-percentage", "900"]  # how stable it is, runs in turn tell
         variables = {**os.environ, "LD_LIBRARY_PATH": str(tool / "lib")}
         done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode or not report.exists():

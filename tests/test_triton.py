@@ -270,7 +270,7 @@ def test_perf_analyzer_loads_the_standalone_server_and_a_variant(
     asked = [{"STEPS": [steps], "LABEL": [steps], "SEED": [steps]} for steps in (1, 2, 4, 8)]
     addresses = {"http": (where.standalone, where.http), "grpc": (where.standalone_grpc, where.grpc)}[protocol]
     for address, model in zip(addresses, ("digits", "digits-loop"), strict=True):
-        seen = perf_analyzer(environment, address, model, asked, protocol=protocol, clients=4, requests=40)
+        seen = perf_analyzer(environment, address, model, asked, protocol=protocol, clients=4, requests=120)
         assert seen.images_per_s > 1
         assert 0 < seen.p50_ms <= seen.p99_ms
 
