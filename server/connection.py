@@ -20,7 +20,7 @@ from .keys import CALLER
 from .openapi import IMAGES
 from .service import Service
 
-LARGE = 65536  # bytes of a body from which on uvicorn wants the application to read it piece by piece
+_LARGE = 65536  # bytes of a body from which on uvicorn wants the application to read it piece by piece
 
 log = logging.getLogger("fewstep")
 
@@ -61,7 +61,7 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         scope = cycle.scope
-        if scope["path"] != IMAGES or scope["method"] != "POST" or self.service.traces or _is_unusual(cycle):
+        if scope["path"] != IMAGES or scope["method"] != "POST" or self.service.traces or self._is_unusual(cycle):
             super()._start_asgi_task(cycle, app)
             return
         self._arriving = cycle, app
@@ -92,11 +92,8 @@ class Connection(HttpToolsProtocol):
         scope: Any = cycle.scope
         body = bytes(cycle.body)
         visit = self.gate.visit(scope)
-        limit = self.service.settings.max_body_bytes
         try:
             self.gate.admit(visit, scope)
-            if len(body) > limit:
-                raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
             asked = parse(body)
             if asked.stream:
                 self._take_long_way()
@@ -121,8 +118,7 @@ class Connection(HttpToolsProtocol):
         self.tasks.discard(work)
         if work.cancelled():  # the client left, or the server stops
             self.transport.close()
-            if self.gate.is_logging:
-                visit.log(499)
+            self.gate.leave(visit, 499)
             return
         error = work.exception()
         if error is None:
@@ -151,17 +147,15 @@ class Connection(HttpToolsProtocol):
             if not cycle.keep_alive:
                 self.transport.close()
             cycle.on_response()
-        if self.gate.is_logging:
-            visit.log(status)
+        self.gate.leave(visit, status)
 
-
-def _is_unusual(cycle: RequestResponseCycle) -> bool:
-    headers = dict(cycle.scope["headers"])
-    return (
-        cycle.waiting_for_100_continue
-        or not headers.keys().isdisjoint((b"content-encoding", b"transfer-encoding", b"origin"))
-        or int(headers.get(b"content-length", b"0")) > LARGE
-    )
+    def _is_unusual(self, cycle: RequestResponseCycle) -> bool:
+        headers = dict(cycle.scope["headers"])
+        return (
+            cycle.waiting_for_100_continue
+            or not headers.keys().isdisjoint((b"content-encoding", b"transfer-encoding", b"origin"))
+            or int(headers.get(b"content-length", b"0")) > min(_LARGE, self.service.settings.max_body_bytes)
+        )
 
 
 def _crash(error: BaseException) -> Response:

@@ -61,10 +61,6 @@ class Visit:
         """What every answer has."""
         return b"x-request-id", self.request_id.encode("latin-1")
 
-    def log(self, status: int | str) -> None:
-        """Write the line about it; it is over."""
-        log_access(self.what, status, self.start_s, self.request_id, self.caller)
-
 
 class Gate:
     """What is asked of each HTTP request.
@@ -75,7 +71,7 @@ class Gate:
 
     def __init__(self, service: Service) -> None:
         self._keys = service.keys
-        self.is_logging = service.settings.access_log
+        self._is_logging = service.settings.access_log
 
     def visit(self, scope: Scope) -> Visit:
         """A request arrives."""
@@ -94,6 +90,11 @@ class Gate:
         """
         if self._keys:
             visit.caller = _caller(self._keys, scope)
+
+    def leave(self, visit: Visit, status: int) -> None:
+        """It is over."""
+        if self._is_logging:
+            log_access(visit.what, status, visit.start_s, visit.request_id, visit.caller)
 
 
 def gated(app: ASGIApp, service: Service) -> ASGIApp:
@@ -126,8 +127,7 @@ def gated(app: ASGIApp, service: Service) -> ASGIApp:
         except ApiError as error:
             await error.response(is_plain=scope["path"].startswith("/v2"))(scope, receive, answer)
         finally:
-            if gate.is_logging:
-                visit.log(status)
+            gate.leave(visit, status)
 
     origins = list(service.settings.cors_origins)
     if not origins:

@@ -4,17 +4,15 @@ Fields OpenAI has and we add nothing to (``quality``, ``user``, ...) are accepte
 knows is refused by name, since a misspelt ``seed`` would otherwise be silently random.
 """
 
-import asyncio
 import base64
 import difflib
 import json
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -28,6 +26,7 @@ from ..runtime.pictures import ImageFormat, encode
 from .bodies import EventStream, read_body
 from .errors import ApiError, refusals
 from .generation import engine_of, evenly, follow, image_limit, outcome, submit, unless_gone
+from .jobs import Started
 from .service import Service
 
 _NAMES = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -101,14 +100,6 @@ class ImageResponse(BaseModel):
     size: str
     output_format: str
     timings: Timings
-
-
-class Started(NamedTuple):
-    """The work of a request that was accepted."""
-
-    engine: Engine
-    futures: list[Future[Sample]]
-    body: "asyncio.Future[bytes]"  # of the answer; it fails with `ApiError`, and cancelling it cancels the work
 
 
 async def generate_images(http: HttpRequest, service: Service) -> Response:

@@ -19,16 +19,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..runtime import Engine, Sample
 from .errors import ApiError
 from .keys import CALLER
 from .settings import Settings
 
-Begun = tuple[Engine, list[Future[Sample]], "asyncio.Future[bytes]"]  # whose it is, its samples, and its answer
-
 _NAME = re.compile(r"[A-Za-z0-9._~-]{1,64}")
+
+
+class Started(NamedTuple):
+    """The work of a request that was accepted."""
+
+    engine: Engine
+    futures: list[Future[Sample]]
+    body: "asyncio.Future[bytes]"  # of the answer; it fails with `ApiError`, and cancelling it cancels the work
 
 
 @dataclass(slots=True)
@@ -91,7 +97,7 @@ class Jobs:
         self._max, self._ttl_s = settings.max_jobs, settings.job_ttl_s
         self._jobs: dict[tuple[str, str], Job] = {}  # by caller and id, the oldest first
 
-    def start(self, body: bytes, name: str | None, begin: Callable[[], Begun]) -> tuple[Job, bool]:
+    def start(self, body: bytes, name: str | None, begin: Callable[[], Started]) -> tuple[Job, bool]:
         """Begin a job, or find the one that this name and body began.
 
         Args:

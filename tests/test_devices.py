@@ -5,13 +5,13 @@ filled from it; only `Device`'s functions may cross.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from mixed_requests import generate_making_room, requests_of
 
-from fewstep.runtime import Bundle, Engine, Request
+from fewstep.runtime import Bundle, Engine
 from fewstep.runtime.backends import OnnxBackend
 from fewstep.runtime.devices import Cpu, Device
 
@@ -83,11 +83,7 @@ class OtherBackend:
 def test_samples_of_another_device_are_the_cpus_to_the_bit(baked: Bundle, guided: Bundle, is_guided: bool) -> None:
     """With rows that join, leave and make room; only finished samples come back."""
     bundle = guided if is_guided else baked
-    asked = [("ancestral", 4), ("dpmpp_2m", 3), ("ddim", 8), ("heun", 7), ("ancestral", 1)]
-    requests = [
-        Request(i, bundle.tableau(solver, steps), i % 10, [1.0, 3.0][i % 2] if is_guided else None)
-        for i, (solver, steps) in enumerate(asked * 2)
-    ]
+    requests = requests_of(bundle, is_guided)
     made: list[OtherBackend] = []
 
     def backend(loaded: Bundle, rows: int) -> OtherBackend:
@@ -96,15 +92,9 @@ def test_samples_of_another_device_are_the_cpus_to_the_bit(baked: Bundle, guided
 
     here = Engine(bundle, max_rows=3, threads=1).generate(requests)
     engine = Engine(bundle, max_rows=3, backend=backend)
-    there = []
-    for i, request in enumerate(requests):
-        there += engine.submit([replace(request, priority=i // 3)])
-        engine.step()
-    while engine.step():
-        pass
-    assert engine.counters.preempted > 2
+    there = generate_making_room(engine, requests)
     for one, other in zip(here, there, strict=True):
-        assert one.pixels.tobytes() == other.result(0).pixels.tobytes()
+        assert one.pixels.tobytes() == other.pixels.tobytes()
     sample = int(np.prod(bundle.manifest.sample_shape)) * 4
     assert made[0].counted.bytes_out == sample * len(requests)
     calls = sum(request.tableau.num_steps for request in requests)

@@ -20,11 +20,12 @@ import numpy as np
 import onnxruntime
 import pytest
 from conftest import network
+from mixed_requests import generate_making_room, requests_of
 
 from fewstep.export.additions import add_engines
 from fewstep.export.engines import Flavour
 from fewstep.export.torch_backend import torch_backend
-from fewstep.runtime import Bundle, Engine, Request
+from fewstep.runtime import Bundle, Engine
 from fewstep.runtime.backends import BackendError
 from fewstep.runtime.bundle import EngineFile
 from fewstep.runtime.gpu_backends import Buckets, OnnxCudaBackend, TensorRTBackend, choose_engine
@@ -190,14 +191,6 @@ def fake(gpu: None, baked: Bundle, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def requests_of(bundle: Bundle, is_guided: bool) -> list[Request]:
-    asked = [("ancestral", 4), ("dpmpp_2m", 3), ("ddim", 8), ("heun", 7), ("ancestral", 1)]
-    return [
-        Request(i, bundle.tableau(solver, steps), i % 10, [1.0, 3.0][i % 2] if is_guided else None)
-        for i, (solver, steps) in enumerate(asked * 2)
-    ]
-
-
 @needs_cxx
 @pytest.mark.parametrize("is_guided", [False, True])
 @pytest.mark.parametrize("flavour", ["rtx", "full"])
@@ -241,15 +234,9 @@ def test_rows_that_make_room_go_on_to_the_same_bits(baked: Bundle, fake: Any, tm
     requests = requests_of(baked, False)
     here = Engine(baked, max_rows=3, threads=1).generate(requests)
     engine = Engine(with_engine, max_rows=3, backend=TensorRTBackend)
-    there = []
-    for i, request in enumerate(requests):
-        there += engine.submit([dataclasses.replace(request, priority=i // 3)])
-        engine.step()
-    while engine.step():
-        pass
-    assert engine.counters.preempted > 2
+    there = generate_making_room(engine, requests)
     for one, other in zip(here, there, strict=True):
-        assert one.pixels.tobytes() == other.result(0).pixels.tobytes()
+        assert one.pixels.tobytes() == other.pixels.tobytes()
 
 
 @needs_cxx
