@@ -24,6 +24,9 @@ from .workload import Workload
 MAX_IN_FLIGHT = 4096  # of the open loop; what comes above is an error, "not sent"
 NOT_SENT = "not sent: too many in flight"
 SLICES = 20  # of the time on the clock; what comparisons resample
+# Refusals of the moment, not of the request: by status over HTTP, by code over gRPC, by class in this process.
+_FOR_NOW = {"429", "503", "504", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "QueueFull", "DeadlineInfeasible",
+            "DeadlineExpired"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class _Load:
                 error = f"no answer in {self._plan.timeout_s:g} s"
             except OSError as failure:
                 error = failure.strerror or str(failure)
-            if error is not None and error not in ("429", "504", "503", "DeadlineExpired", "DEADLINE_EXCEEDED"):
+            if error is not None and error not in _FOR_NOW:
                 told = f"{error}: {self._target.detail}" if self._target.detail else error
                 raise BenchError(f"a request of kind {kind.name!r} fails: {told}")
 

@@ -34,7 +34,7 @@ from .workload import Kind, Workload
 Routing = Literal["least-loaded", "two-choices", "random", "round-robin"]
 ROUTINGS: tuple[Routing, ...] = get_args(Routing)
 MAX_STEPS = 128
-_ENDS = {QueueFull: "429", DeadlineInfeasible: "504", DeadlineExpired: "504"}  # as the server's HTTP says them
+_ENDS = {QueueFull: "429", DeadlineInfeasible: "429", DeadlineExpired: "504"}  # as the server's HTTP says them
 
 
 @dataclass(frozen=True)
