@@ -741,12 +741,17 @@ RepositoryArgument = Annotated[Path, typer.Argument(help="Folder that `fewstep e
 @triton.command("setup")
 def triton_setup(
     folder: Annotated[Path | None, typer.Argument(help="Its folder; left out, in the user's cache.")] = None,
+    backend: Annotated[
+        Path | None, typer.Option(help="Folder of a further backend, onnxruntime for graphs; is copied into it.")
+    ] = None,
 ) -> None:
     """Install a Triton server and what students need in it, in a folder of its own."""
     from .deploy.triton_server import Environment
 
     environment = Environment(folder.absolute()) if folder else Environment.default()
     environment.make()
+    if backend is not None:
+        environment.add_backend(backend.absolute())
     print(f"{environment.folder}: a Triton server, ready")
 
 
@@ -763,11 +768,12 @@ def triton_serve(
     """Serve a repository on a Triton server here, until Ctrl-C."""
     import os
 
-    from .deploy.triton_server import Environment, read_repository
+    from .deploy.triton_server import Environment, read_repository, refuse_without_backend
 
     server = Environment(environment.absolute()) if environment else Environment.default()
-    read_repository(repository)
+    models = read_repository(repository)
     server.refuse_unready()
+    refuse_without_backend(models, server)
     where = [f"--http-address={host}", f"--grpc-address={host}", f"--metrics-address={host}"]
     where += [f"--http-port={port}", f"--grpc-port={grpc_port}", f"--metrics-port={metrics_port}"]
     command = server.command(repository, [*where, *(arguments or [])])
@@ -790,7 +796,8 @@ def triton_check(
     wrong = []
     for model, verdict in check(repository, None if url else server, url):
         if verdict is None:
-            print(f"{model.name} ({model.variant}): is whole; it was held against the engine when it was written")
+            told = "is whole; it was held against the engine when it was written, and not asked"
+            print(f"{model.name} ({model.variant}): {told}: no {model.backend} backend that check knows")
             continue
         how = f"{model.variant}, decoupled" if model.is_decoupled else model.variant
         told = f"{verdict.alone} alone and {verdict.together} at once of {verdict.asked} requests have the right pixels"

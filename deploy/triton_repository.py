@@ -28,6 +28,7 @@ Variant = Literal["inflight", "iterative", "loop"]
 VARIANTS: tuple[Variant, ...] = ("inflight", "iterative", "loop")  # beside these there is `triton_graph`
 REQUIREMENTS = ("numpy", "onnxruntime", "pydantic", "safetensors", "pillow")  # by what they are installed as
 CONFIG, MODEL, BUNDLE, GRAPH, PLAN = "config.pbtxt", "model.py", "bundle", "model.onnx", "model.plan"
+GRAPH_CASES = f"{GRAPH}.cases.safetensors"  # requests, with the engine's pixels
 CORES = "fewstep-cores"  # the rate limiter's name for CPU threads
 _PACKAGE = Path(__file__).parents[1]
 _CARRIED = ("kernels", "runtime", "deploy")
@@ -205,7 +206,7 @@ def cores(threads: int | None) -> dict[str, Any]:
 
 
 def graph_sha256(version: Path) -> str:
-    """Of a graph's files: the ONNX file, and that of its weights where they are too large to stand in it."""
+    """Of a graph's files: the ONNX file, that of its weights where they are too large to stand in it, and its cases."""
     files = sorted(file for file in version.iterdir() if file.name.startswith(GRAPH))
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import queue
 import shutil
 import subprocess
@@ -29,12 +30,21 @@ from google.protobuf import text_format
 from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fewstep.deploy.perf_analyzer import perf_analyzer
 from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
 from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, write_model
-from fewstep.deploy.triton_server import Environment, NoTritonHere, TritonError, free_ports, read_repository, running
+from fewstep.deploy.triton_server import (
+    Environment,
+    NoTritonHere,
+    TritonError,
+    check,
+    free_ports,
+    read_repository,
+    refuse_without_backend,
+    running,
+)
 from fewstep.export.engines import build_engine, tensorrt_of
 from fewstep.runtime import Bundle, Engine, Request
 
@@ -391,7 +401,7 @@ def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
 def test_the_graph_gives_the_engines_pixels_from_the_inputs_that_its_configuration_names(
     make_bundle: Callable[..., Path], tmp_path: Path, solver: str, steps: int
 ) -> None:
-    """In stock ONNX Runtime, with tensors as Triton passes them; this server has no backend for it."""
+    """In stock ONNX Runtime, with tensors as Triton passes them."""
     bundle = Bundle.load(make_bundle())
     folder = write_graph_model(bundle, tmp_path / "repository", solver=solver, steps=steps)
     config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
@@ -409,6 +419,54 @@ def test_the_graph_gives_the_engines_pixels_from_the_inputs_that_its_configurati
     expected = np.stack([sample.to_uint8() for sample in Engine(bundle, threads=1).generate(requests)])
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
     assert np.mean(images == expected) > 0.99
+
+
+def test_a_graph_on_a_server_with_a_backend_for_it_gives_the_engines_pixels(
+    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Over HTTP and gRPC, alone, in batches and at once. The backend has to be built first, see docs/triton.md."""
+    backend = os.environ.get("TRITON_ONNXRUNTIME_BACKEND")
+    if backend is None:
+        pytest.skip("TRITON_ONNXRUNTIME_BACKEND names no folder of it: PyPI's server has no onnxruntime backend")
+    other = altered(environment, tmp_path / "triton")
+    (tmp_path / "triton" / "backends").unlink()
+    shutil.copytree(environment.folder / "backends", tmp_path / "triton" / "backends")
+    other.add_backend(Path(backend))
+    bundle = Bundle.load(make_bundle())
+    for solver, steps in (("ancestral", 4), ("dpmpp_2m", 3)):
+        write_graph_model(bundle, tmp_path / "repository", solver=solver, steps=steps, name=solver, threads=1)
+    write_model(bundle, tmp_path / "repository", variant="loop", name="loop", threads=1)
+    verdicts = {model.name: verdict for model, verdict in check(tmp_path / "repository", other)}
+    assert sorted(verdicts) == ["ancestral", "dpmpp_2m", "loop"]
+    assert all(verdict is not None and verdict.is_right for verdict in verdicts.values())
+    tableau = bundle.tableau("dpmpp_2m", 3)
+    requests = [Request(seed, tableau, seed % 10) for seed in range(32)]
+    expected = np.stack([sample.to_uint8() for sample in Engine(bundle, threads=1).generate(requests)]).astype(int)
+    with running(other, tmp_path / "repository", tmp_path / "log") as (http, grpc):
+        for module, address in ((triton_http, http), (triton_grpc, grpc)):
+            with module.InferenceServerClient(address) as client:
+                images = []
+                for i, rows in ((0, 16), (16, 15), (31, 1)):
+                    given = []
+                    for name, array in graph_inputs(bundle, tableau, requests[i : i + rows]).items():
+                        array = array if array.ndim > 1 else array[:, None]
+                        one = module.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+                        one.set_data_from_numpy(array)
+                        given.append(one)
+                    images.append(client.infer("dpmpp_2m", given).as_numpy("IMAGE"))
+            got = np.concatenate(images).astype(int)
+            assert np.abs(got - expected).max() <= 1
+            assert np.mean(got == expected) > 0.99
+
+
+def test_a_server_without_the_backend_of_a_graph_says_so(
+    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_graph_model(Bundle.load(make_bundle()), tmp_path / "repository", solver="ddim", steps=1, name="one")
+    with pytest.raises(TritonError, match=r"one: is for Triton's onnxruntime backend, which .* lacks; give it one"):
+        refuse_without_backend(read_repository(tmp_path / "repository"), environment)
+    with pytest.raises(TritonError, match=r"--backend: .*/onnxruntime: has no libtriton_onnxruntime\.so; a backend is"):
+        environment.add_backend(tmp_path / "onnxruntime")
 
 
 def test_the_graph_for_the_tensorrt_backend_is_what_tensorrt_takes(
@@ -594,7 +652,8 @@ def test_the_commands_write_and_check_a_repository(
         "fewstep: --variant: 'whole' is not one of inflight, iterative, loop, graph\n"
     )
     assert fewstep(*export, "--variant", "graph", "--steps", "8", "--max-rows", "2")[0] == 0
-    whole = "digits-ancestral-8 (graph): is whole; it was held against the engine when it was written\n"
+    whole = "digits-ancestral-8 (graph): is whole; it was held against the engine when it was written, and not asked"
+    whole += ": no onnxruntime backend that check knows\n"
     right = "digits (iterative, decoupled): 51 alone and 51 at once of 51 requests have the right pixels\n"
     assert fewstep("triton", "check", tmp_path / "repository") == (0, whole + right)
     (tmp_path / "repository" / "digits-ancestral-8" / "1" / "model.onnx").write_bytes(b"")
