@@ -31,7 +31,7 @@ from fewstep.runtime.schedules import Level, Levels, karras
 from fewstep.runtime.solvers import SOLVERS
 from fewstep.training.evaluate import Judge, frechet, make_judge
 from fewstep.training.exact import Mixture
-from fewstep.training.fitting import METHODS, Network, Samples, Teacher, fit, fit_rows, follow
+from fewstep.training.fitting import METHODS, Direction, Method, Network, Samples, Teacher, fit, fit_rows, follow
 from fewstep.training.fitting.bundles import levels_of, network_of
 from fewstep.training.fitting.closed_form import direction_of
 from fewstep.training.fitting.end_to_end import EndToEnd
@@ -42,7 +42,8 @@ from fewstep.training.recipe import recipe_from
 Array = NDArray[np.float64]
 OUT = Path(__file__).parents[1] / "docs" / "results" / "fitting.json"
 SEEDS = 3
-BASES = ("ddim", "euler", "ipndm_4", "dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "deis_3", "heun")
+BASES = ("ddim", "euler", "pndm", "ipndm_4", "dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "deis_3", "heun")
+ADAMS = ("pndm", "ipndm_4", "deis_3")
 
 
 def main() -> None:
@@ -171,7 +172,13 @@ def mixture(seeds: int) -> dict[str, Any]:
             if levels is None:
                 continue
             cells: dict[str, Any] = {"base": measure([SOLVERS[solver](levels)] * seeds)}
-            for method in METHODS if solver == "ddim" else METHODS[:2]:
+            ways: list[tuple[str, Method, Direction | None]] = [
+                (method, method, None) for method in (METHODS if solver == "ddim" else METHODS[:2])
+            ]
+            if solver in ADAMS:  # which have two outputs that D-ODE may take the difference of
+                other: Direction = "newest" if direction_of(solver) == "combined" else "combined"
+                ways.append((f"dode {other}", "dode", other))
+            for arm, method, direction in ways:
                 tables, took = [], []
                 for seed in range(seeds):
                     learn = Samples(
@@ -179,11 +186,12 @@ def mixture(seeds: int) -> dict[str, Any]:
                     )
                     start_s = time.process_time()
                     made = fit(
-                        network, levels, solver, method, learn, Samples(learn.noise[:2]), end_to_end=EndToEnd(15)
-                    )
+                        network, levels, solver, method, learn, Samples(learn.noise[:2]), direction=direction,
+                        end_to_end=EndToEnd(15),
+                    )  # fmt: skip
                     took.append(time.process_time() - start_s)
                     tables.append(made.table)
-                cells[method] = {**measure(tables), "cpu_seconds": spread(took)}
+                cells[arm] = {**measure(tables), "cpu_seconds": spread(took)}
             rows.append({"solver": solver, "steps": calls, **cells})
             said = "  ".join(f"{k} {v['rmse']['mean']:.3f}/{v['frechet']['mean']:.3f}" for k, v in cells.items())
             print(f"{solver} {calls}: {said}", flush=True)

@@ -41,9 +41,13 @@ PANELS: list[tuple[str, Schedule, list[str]]] = [
     ("single-step", VP, ["dpm_solver_2", "dpm_solver_3", "heun", "dpmpp_2s", "dpmpp_3s"]),
     ("equal Adams weights", VP, ["pndm", "ipndm_2", "ipndm_3", "ipndm_4"]),
     ("DEIS", VP, ["deis_1", "deis_2", "deis_3", "deis_rho_3", "deis_log_rho_3"]),
-    ("multistep in log-SNR", VP, ["dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3"]),
+    ("multistep in log-SNR", VP, ["dpm_solver_2m", "dpm_solver_3m", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3"]),
     ("straight path", flow, ["flow_heun", "dpmpp_2m", "dpmpp_3m", "unipc_3"]),
-    ("with fresh noise", VP, ["ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "sa_solver", "consistency", "tcd"]),
+    (
+        "with fresh noise",
+        VP,
+        ["ancestral", "dpm_solver_2m_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "sa_solver", "consistency", "tcd"],
+    ),
 ]
 NOISY = "with fresh noise"
 
@@ -124,9 +128,10 @@ def draw(results: dict[str, object], path: Path) -> None:
             axis.axhline(float(str(results["frechet_floor"])), color="0.8", linewidth=1, label="true samples")
         axis.set(title=panel, xscale="log", yscale="log", xticks=[3, 4, 6, 8, 12, 16, 24, 32])
         axis.set_xticks([], minor=True)
+        axis.set_ylim(top=min(200, axis.get_ylim()[1]))  # what is worse is off the picture
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.grid(visible=True, alpha=0.25)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc="lower left" if panel == NOISY else "best")
         axis.set_ylabel("Fréchet distance" if panel == NOISY else "distance to the exact sample")
     for axis in axes[1]:
         axis.set_xlabel("network calls")
@@ -147,7 +152,10 @@ def markdown(results: dict[str, object]) -> str:
         cells = [[row["error"][max(i for i, m in enumerate(row["nfe"]) if m <= n)] for n in shown] for row in rows]
         best = [min(column) for column in zip(*cells, strict=True)]
         for row, errors in zip(rows, cells, strict=True):
-            texts = [f"**{e:.3f}**" if e == best[i] else f"{e:.3f}" for i, e in enumerate(errors)]
+            said = [f"{e:.3f}" if e < 1000 else f"{e:.0e}" for e in errors]
+            texts = [
+                f"**{text}**" if e == best[i] else text for i, (e, text) in enumerate(zip(errors, said, strict=True))
+            ]
             lines.append(f"| `{row['solver']}` | " + " | ".join(texts) + " |")
         lines.append("")
     lines.append(f"{DRAWN} true samples have a Fréchet distance of {float(str(results['frechet_floor'])):.3f}.")

@@ -42,7 +42,7 @@ from fewstep.training.student_bundle import Guided
 Array = NDArray[np.float64]
 
 MIXTURE = Mixture.random(dimensions=16, components=5, scale=0.2, seed=0)
-BASES = ("ddim", "euler", "ipndm_4", "dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "deis_3", "heun")
+BASES = ("ddim", "euler", "pndm", "ipndm_4", "dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "deis_3", "heun")
 
 
 def noise(seed: int, count: int) -> Samples:

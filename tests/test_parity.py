@@ -169,6 +169,7 @@ UNCLIPPED, TRAILING, LINSPACE = (
 FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0}
 RENOISE = {"stochastic_sampling": True}
 SDE = {"algorithm_type": "sde-dpmsolver++"}
+EPS = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "euler_at_final": True}
 NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "flow": "flow_prediction"}
 multistep = partial(Case, "DPMSolverMultistepScheduler")
 unipc = partial(Case, "UniPCMultistepScheduler")
@@ -196,6 +197,18 @@ CASES = [
     multistep(sol.dpmpp_2m, "flow", FLOW, ("flow",), name="2M-flow"),
     multistep(sol.dpmpp_3m, config={**ZERO, "solver_order": 3}, steps=(1, 2, 3, 4, 14, 20), name="3M"),
     multistep(sol.dpmpp_2m_sde, config={**ZERO, **SDE}, name="2M-SDE"),
+    multistep(sol.dpm_solver_2m, config=EPS, clean=CLEAN, steps=(1, 2, 3, 8, 20), name="DPM-Solver-2M"),
+    multistep(sol.dpm_solver_2m, config={**EPS, **TRAILING}, clean=CLEAN, name="DPM-Solver-2M-trailing"),
+    multistep(
+        sol.dpm_solver_3m, config={**EPS, "solver_order": 3}, clean=CLEAN, steps=(1, 2, 4, 14, 20), name="DPM-Solver-3M"
+    ),
+    multistep(
+        sol.dpm_solver_2m_sde,
+        config={**EPS, "algorithm_type": "sde-dpmsolver"},
+        clean=CLEAN,
+        last=False,  # theirs adds noise there
+        name="DPM-Solver-2M-SDE",
+    ),
     Case("DPMSolverSinglestepScheduler", sol.dpmpp_2s, config=ZERO, steps=(1, 2, 3, 4, 7), name="2S"),
     Case(
         "DPMSolverSinglestepScheduler",

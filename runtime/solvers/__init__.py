@@ -20,7 +20,18 @@ from functools import partial
 from ..schedules import Levels
 from ..tableau import Tableau
 from .adams import deis, ipndm, pndm
-from .dpm import dpm_solver, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m, dpmpp_3m_sde, dpmpp_3s
+from .dpm import (
+    dpm_solver,
+    dpm_solver_2m,
+    dpm_solver_2m_sde,
+    dpm_solver_3m,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    dpmpp_2s,
+    dpmpp_3m,
+    dpmpp_3m_sde,
+    dpmpp_3s,
+)
 from .meng import meng_stochastic
 from .one_step import ancestral, consistency, ddim, ddpm, euler, euler_ancestral, flow_euler, lcm, tcd
 from .predictor_corrector import sa_solver, unipc
@@ -36,6 +47,9 @@ SOLVERS: dict[str, Callable[[Levels], Tableau]] = {
     **{f"deis_rho_{order}": partial(deis, order=order, variable="rho") for order in range(1, 4)},
     **{f"deis_log_rho_{order}": partial(deis, order=order, variable="log_rho") for order in range(1, 4)},
     **{f"dpm_solver_{order}": partial(dpm_solver, order=order) for order in range(1, 4)},
+    "dpm_solver_2m": dpm_solver_2m,
+    "dpm_solver_2m_sde": dpm_solver_2m_sde,
+    "dpm_solver_3m": dpm_solver_3m,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_2s": dpmpp_2s,
@@ -91,6 +105,9 @@ __all__ = [
     "ddpm",
     "deis",
     "dpm_solver",
+    "dpm_solver_2m",
+    "dpm_solver_2m_sde",
+    "dpm_solver_3m",
     "dpmpp_2m",
     "dpmpp_2m_sde",
     "dpmpp_2s",

@@ -6,7 +6,11 @@ scaled to the step (``D_k`` is about ``h^k`` times the k-th derivative over lamb
     x' = sigma'/sigma * x + alpha' * (hphi_1(-h) D0 + hphi_2(-h) D1 + hphi_3(-h) D2)       D of x0   (1)
     x' = alpha'/alpha * x - sigma' * (hphi_1(h)  D0 + hphi_2(h)  D1 + hphi_3(h)  D2)       D of eps  (2)
 
-Lu et al. 2022 (arXiv:2211.01095), eq. 9, and (arXiv:2206.00927), eq. 3.4 to 3.6.
+Lu et al. 2022 (arXiv:2211.01095), eq. 9, and (arXiv:2206.00927), eq. 3.4 to 3.6. On the reverse SDE, with any share
+``eta`` of its noise, the same integrals have other exponents, here with D0 alone:
+
+    x' = sigma'/sigma exp(-eta h) x + alpha' hphi_1(-(1 + eta) h) D0 + sigma' sqrt(1 - exp(-2 eta h)) noise  (3)
+    x' = alpha'/alpha x - (1 + eta) sigma' hphi_1(h) D0 + sigma' sqrt(eta (exp(2 h) - 1)) noise              (4)
 """
 
 import math
@@ -43,10 +47,12 @@ def first_order(x: Linear, d0: Linear, here: Level, there: Level, kept: Kept) ->
     return grow * x + (there.sigma - grow * here.sigma) * d0
 
 
-def correction(k: int, here: Level, there: Level, kept: Kept) -> float:
-    """The weight of ``D_{k-1}`` in equations (1) and (2)."""
+def correction(k: int, here: Level, there: Level, kept: Kept, eta: float = 0.0) -> float:
+    """The weight of ``D_{k-1}`` in equations (1) and (2); with a share ``eta`` of the SDE's noise in (3) and (4)."""
     h = there.log_snr - here.log_snr
-    return there.alpha * hphi(k, -h) if kept == "x0" else -there.sigma * hphi(k, h)
+    if kept == "x0":
+        return there.alpha * hphi(k, -(1 + eta) * h)
+    return -(1 + eta) * there.sigma * hphi(k, h)
 
 
 def usable(history: Sequence[tuple[Level, Linear]]) -> list[tuple[Level, Linear]]:
