@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import fields, network
 from numpy.typing import NDArray
 
 from fewstep.export import write_bundle
 from fewstep.runtime import Bundle, Engine, Request, Tableau
-from fewstep.runtime.bundle import add_tables
+from fewstep.runtime.bundle import add_tables, write_manifest
 from fewstep.runtime.prediction import Prediction
 from fewstep.runtime.schedules import Level, Levels, flow, karras, vp_linear
 from fewstep.runtime.solvers import SOLVERS, ddim
@@ -36,7 +37,6 @@ from fewstep.training.fitting import (
     targets,
 )
 from fewstep.training.fitting.end_to_end import EndToEnd
-from fewstep.training.network import NetworkConfig, UNet
 from fewstep.training.student_bundle import Guided
 
 Array = NDArray[np.float64]
@@ -227,39 +227,31 @@ def test_what_cannot_be_fitted_is_refused(change: dict[str, Any], match: str) ->
 # --- bundles
 
 
-SHAPE: dict[str, Any] = {"channels": 8, "blocks": 1, "patch": 2, "fine_channels": 8, "heads": 2}
-LABELS = {"names": [f"digit {i}" for i in range(10)], "null": 10}
 OFFERED = {"default": 2.0, "minimum": 1.0, "maximum": 6.0}
-
-
-def write(out: Path, is_inside: bool) -> Bundle:
-    """A bundle of random weights that is guided inside its network, or by two calls."""
-    torch.set_num_threads(1)
-    network = UNet(NetworkConfig((1, 8, 8), num_classes=10, **SHAPE))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
-    about = {
-        "name": "teacher", "version": "1", "description": "Random weights, for tests.", "sample_shape": (1, 8, 8),
-        "path": "ve", "output": {"type": "edm", "sigma_data": 0.5}, "labels": LABELS,
-        "guidance": {"mode": "embedded" if is_inside else "classifier-free", **OFFERED},
-        "default_tableau": {"solver": "ddim", "num_steps": 4}, "licence": "CC0-1.0", "provenance": {}, "metrics": {},
-    }  # fmt: skip
-    solvers = [ddim(karras(steps, 0.05, 20.0)) for steps in (4, 8)]
-    return write_bundle(out, Guided(network, 10) if is_inside else network, solvers, about)[0]
+FEW = [ddim(karras(steps, 0.05, 20.0)) for steps in (4, 8)]
 
 
 @pytest.fixture(scope="module")
 def guided_teacher(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle that takes its guidance as an input."""
-    return write(tmp_path_factory.mktemp("bundles") / "inside", is_inside=True)
+    """A bundle of random weights that takes its guidance as an input."""
+    torch.set_num_threads(1)
+    about = fields(is_guided=True) | {
+        "name": "teacher", "guidance": {"mode": "embedded", **OFFERED},
+        "default_tableau": {"solver": "ddim", "num_steps": 4},
+    }  # fmt: skip
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "inside", Guided(network(0), 10), FEW, about)[0]
 
 
 @pytest.fixture(scope="module")
-def guided_by_calls(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def guided_by_calls(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same network, guided by a second call."""
-    return write(tmp_path_factory.mktemp("bundles") / "calls", is_inside=False)
+    out = Path(shutil.copytree(make_bundle(is_guided=True), tmp_path_factory.mktemp("bundles") / "calls"))
+    for file in (out / "tableaus").iterdir():
+        file.unlink()
+    for table in FEW:
+        table.save(out / "tableaus" / f"{table.name}-{table.num_steps}.safetensors")
+    write_manifest(out, fields(is_guided=True) | {"default_tableau": {"solver": "ddim", "num_steps": 4}})
+    return Bundle.load(out)
 
 
 SMALL = Settings(num_steps=4, num_samples=8, num_fresh=4, pieces=3, iterations=2)
