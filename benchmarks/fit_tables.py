@@ -5,6 +5,7 @@
     python benchmarks/fit_tables.py fashion --bundle FOLDER
     python benchmarks/fit_tables.py recorded                    what the embedded teacher's tables say of themselves
     python benchmarks/fit_tables.py served                      all its tables of 3 to 8 steps against one reference
+    python benchmarks/fit_tables.py wall                        what a whole ``fewstep fit`` takes, on all cores
 
 Each adds its part to docs/results/fitting.json; of a bundle, what was asked for takes the place of what stood there
 for the same guidance, solver, steps and arm. Every number is over seeds of the noise that is fitted on and of the noise
@@ -14,8 +15,12 @@ that is measured on, both fresh each time: mean and standard deviation. ``record
 
 import argparse
 import json
+import os
 import platform
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -49,7 +54,7 @@ ADAMS = ("pndm", "ipndm_4", "deis_3")
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("mixture", "digits", "fashion", "recorded", "served"))
+    parser.add_argument("part", choices=("mixture", "digits", "fashion", "recorded", "served", "wall"))
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 6, 8])
     parser.add_argument("--solvers", nargs="+", default=["ddim", "dpmpp_2m"])
@@ -70,6 +75,8 @@ def main() -> None:
         results = recorded(Bundle.load(str(asked.bundle or "fashion-mnist-teacher")))
     elif asked.part == "served":
         results = served(Bundle.load(str(asked.bundle or "fashion-mnist-teacher")), asked.samples, asked.seeds)
+    elif asked.part == "wall":
+        results = wall(asked.seeds)
     elif asked.bundle is None:
         sys.exit(f"{asked.part} needs --bundle")
     else:
@@ -222,6 +229,25 @@ def served(loaded: Bundle, samples: int, seeds: int) -> dict[str, Any]:
             print(f"{steps} {solver}: {np.mean(errors):.4f}", flush=True)
     return {"bundle": loaded.name, "weights_sha256": loaded.weights_sha256, "samples": samples, "seeds": seeds,
             "guidance": loaded.manifest.guidance.default, "rows": rows}  # fmt: skip
+
+
+def wall(times: int) -> dict[str, Any]:
+    """Seconds of a whole ``fewstep fit`` of the embedded bundles, its start and its check on fresh noise included."""
+    rows: list[dict[str, Any]] = []
+    for name in ("fashion-mnist-mm4", "fashion-mnist-teacher"):
+        command = ["fit", name, "--method", "dode", "--solver", "ddim", "--steps", "8"]
+        took, cpu = [], []
+        for _ in range(times):
+            with tempfile.TemporaryDirectory() as folder:
+                before, start_s = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+                output = str(Path(folder) / "t.safetensors")
+                subprocess.run([sys.executable, "-m", "fewstep.cli", *command, "-o", output], check=True)
+                took.append(time.perf_counter() - start_s)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        rows.append({"command": " ".join(["fewstep", *command]), "seconds": spread(took), "cpu_seconds": spread(cpu)})
+        print(f"{name}: {np.mean(took):.1f} s, {np.mean(cpu):.1f} CPU seconds", flush=True)
+    return {"cores": os.cpu_count(), "times": times, "rows": rows}
 
 
 ARMS = ("dode local", "dode", "rows", "end-to-end")
