@@ -48,6 +48,7 @@ Array = NDArray[np.float64]
 OUT = Path(__file__).parents[1] / "docs" / "results" / "fitting.json"
 SEEDS = 3
 BASES = ("ddim", "euler", "pndm", "ipndm_4", "dpm_solver_1", "dpm_solver_2", "dpm_solver_3", "deis_3", "heun")
+KEY = ("guidance", "solver", "steps")
 ADAMS = ("pndm", "ipndm_4", "deis_3")
 
 
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--guidance", type=float, default=None)
+    parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     start_s = time.perf_counter()
@@ -113,7 +115,8 @@ def recorded(loaded: Bundle) -> dict[str, Any]:
 def joined(part: str, results: dict[str, Any]) -> dict[str, Any]:
     """A bundle's results, and of those that stand there already the arms that were not measured again.
 
-    What was measured on other weights, by another classifier or on other samples is dropped.
+    What was measured on other weights, by another classifier or on other samples is dropped. An arm that stands there
+    with more seeds is kept.
     """
     held = (json.loads(OUT.read_text("utf-8")) if OUT.exists() else {}).get(part, {})
     same = ("weights_sha256", "classifier_sha256", "samples", "judged", "seeds")
@@ -121,13 +124,15 @@ def joined(part: str, results: dict[str, Any]) -> dict[str, Any]:
         return results
     rows = {key(row): row for row in held["rows"]}
     for row in results["rows"]:
-        rows[key(row)] = rows.get(key(row), {}) | row
+        old = rows.get(key(row), {})
+        fuller = {arm for arm in old.keys() & row.keys() if arm not in KEY and row[arm]["seeds"] < old[arm]["seeds"]}
+        rows[key(row)] = old | {name: value for name, value in row.items() if name not in fuller}
     return results | {"rows": [rows[name] for name in sorted(rows)]}
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is of."""
-    return tuple(row[name] for name in ("guidance", "solver", "steps"))
+    return tuple(row[name] for name in KEY)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -256,11 +261,11 @@ ARMS = ("dode local", "dode", "rows", "end-to-end")
 def bundle(asked: argparse.Namespace, start_s: float) -> dict[str, Any]:
     """All ways to fit a bundle's network: distance to the teacher's end, and Frechet distance to the data.
 
-    What is finished is kept after each number of steps.
+    What is finished is kept after each seed; each arm says how many it has.
     """
     loaded = Bundle.load(str(asked.bundle))
     guidance = loaded.manifest.guidance.default if asked.guidance is None else asked.guidance
-    network = network_of(loaded, guidance, 1, lambda rows: None)
+    network = network_of(loaded, guidance, asked.threads, lambda rows: None)
     judge = judge_of(loaded, asked) if asked.classifier else None
     rows: list[dict[str, Any]] = []
     results = {
@@ -282,11 +287,11 @@ def bundle(asked: argparse.Namespace, start_s: float) -> dict[str, Any]:
                 for arm in ("base", *asked.arms):
                     if arm == "end-to-end" and solver != "ddim":
                         continue
-                    start_s = time.process_time()
+                    cpu_s = time.process_time()
                     table = (
                         base if arm == "base" else fitted(arm, loaded, base, levels, samples, aim, network, seed, asked)
                     )
-                    cell = {"cpu_seconds": time.process_time() - start_s}
+                    cell = {"cpu_seconds": time.process_time() - cpu_s}
                     cell["rmse"] = rms(follow(table, network, fresh)[-1] - wanted)
                     if judge is not None and many.label is not None:
                         x = torch.from_numpy(follow(table, network, many)[-1])
@@ -294,15 +299,22 @@ def bundle(asked: argparse.Namespace, start_s: float) -> dict[str, Any]:
                     cells[solver].setdefault(arm, []).append(cell)
                     said = "  ".join(f"{name} {value:.3f}" for name, value in cell.items())
                     print(f"{solver} {steps}, seed {seed}, {arm}: {said}", flush=True)
-        for solver, arms in cells.items():
-            gathered: dict[str, dict[str, Any]] = {
-                arm: {name: spread([cell[name] for cell in found]) for name in found[0]} for arm, found in arms.items()
-            }
-            if "end-to-end" in gathered:
-                gathered["end-to-end"]["optimiser"] = f"Levenberg-Marquardt from rows, {asked.iterations} iterations"
-            rows.append({"guidance": guidance, "solver": solver, "steps": steps, **gathered})
-        keep(asked.part, joined(asked.part, results), start_s)
+            done = [summed(arms, asked) | {"guidance": guidance, "solver": solver, "steps": steps}
+                    for solver, arms in cells.items()]  # fmt: skip
+            keep(asked.part, joined(asked.part, results | {"rows": [*rows, *done]}), start_s)
+        rows += done
     return joined(asked.part, results)
+
+
+def summed(arms: dict[str, list[dict[str, float]]], asked: argparse.Namespace) -> dict[str, Any]:
+    """The arms of one row, each over its seeds."""
+    gathered: dict[str, Any] = {
+        arm: {name: spread([cell[name] for cell in found]) for name in found[0]} | {"seeds": len(found)}
+        for arm, found in arms.items()
+    }
+    if "end-to-end" in gathered:
+        gathered["end-to-end"]["optimiser"] = f"Levenberg-Marquardt from rows, {asked.iterations} iterations"
+    return gathered
 
 
 def fitted(

@@ -39,6 +39,7 @@ SCHEDULES: dict[str, Callable[[int], Levels]] = {
     "flow": partial(sch.flow, shift=3.0),
     "flow below noise": partial(sch.flow, t_max=0.999, time_scale=1000),
     "discrete": partial(sch.discrete, betas="scaled_linear", spacing="trailing"),
+    "discrete cosine": partial(sch.discrete, betas="cosine"),
     "discrete karras": partial(sch.discrete, sigmas="karras"),
     "discrete lcm": partial(sch.discrete, betas="scaled_linear", spacing="lcm"),
 }
