@@ -125,7 +125,7 @@ def key(
 @benchmarks.command("run")
 def bench_run(
     target: Annotated[
-        str | None, typer.Argument(help="URL of a server, http:// or grpc://; or a bundle, which then runs here.")
+        str | None, typer.Argument(help="URL of a server, http(s):// or grpc(s)://; or a bundle, which then runs here.")
     ] = None,
     protocol: Annotated[
         str | None,
@@ -151,6 +151,9 @@ def bench_run(
         int | None, typer.Option(help="The server's process, for its CPU time.", show_default="by its port")
     ] = None,
     key: Annotated[str | None, typer.Option(help="API key, sent as a bearer token.", envvar="FEWSTEP_API_KEY")] = None,
+    cafile: Annotated[
+        Path | None, typer.Option(help="https, grpcs: certificates to trust, PEM.", show_default="the system's")
+    ] = None,
     max_rows: Annotated[int, typer.Option(help="in-process: samples that run together.")] = 16,
     threads: Annotated[int | None, typer.Option(help="in-process: CPU threads of one network call.")] = None,
     simulate: Annotated[str | None, typer.Option(help="in-process: a simulated accelerator, A+B ms a call.")] = None,
@@ -170,7 +173,7 @@ def bench_run(
     from .bench.workload import workload
 
     address = address_of(
-        target, protocol, model=model, key=key, max_rows=max_rows, threads=threads, simulate=simulate
+        target, protocol, model=model, key=key, cafile=cafile, max_rows=max_rows, threads=threads, simulate=simulate
     )  # fmt: skip
     load = workload(
         mix, clients=clients, rate=rate, arrivals=arrivals, burst=burst, deadline_ms=deadline_ms, warmup_s=warmup,
@@ -235,6 +238,9 @@ def capacity(
     key: Annotated[
         str | None, typer.Option(help="URL: API key, sent as a bearer token.", envvar="FEWSTEP_API_KEY")
     ] = None,
+    cafile: Annotated[
+        Path | None, typer.Option(help="https: certificates to trust, PEM.", show_default="the system's")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Bundle: CPU threads of one network call.")] = None,
     seed: Annotated[int, typer.Option(help="Of the arrivals and the order of the kinds.")] = 0,
     json: Annotated[Path | None, typer.Option(help="File for what was found.")] = None,
@@ -251,7 +257,7 @@ def capacity(
     plan(
         target, rate=rate, p99_ms=p99_ms, replicas=replicas, mix=mix, arrivals=arrivals, burst=burst,
         deadline_ms=deadline_ms, routing=routing, max_rows=max_rows, max_waiting=max_waiting, overhead_ms=overhead_ms,
-        measure_s=measure, model=model, key=key, threads=threads, seed=seed, json_file=json,
+        measure_s=measure, model=model, key=key, cafile=cafile, threads=threads, seed=seed, json_file=json,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ clients take several times the CPU time a request.
 import asyncio
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -83,11 +84,12 @@ class HttpClient:
     Args:
         url: ``http://host:port`` or ``https://...``, without a path.
         headers: of every request, such as ``Authorization``.
+        cafile: certificates to trust, PEM; the system's when left out.
     """
 
-    def __init__(self, url: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, url: str, headers: dict[str, str] | None = None, cafile: Path | None = None) -> None:
         parts = urlsplit(url)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = ssl.create_default_context(cafile=cafile) if parts.scheme == "https" else None
         self._host = parts.hostname or "127.0.0.1"
         self._port = parts.port or (443 if self._tls else 80)
         told = {"Host": parts.netloc, **(headers or {})}

@@ -1,10 +1,12 @@
 """The server from outside: its network calls from its metrics, CPU time and memory from the operating system."""
 
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,10 +46,12 @@ _COUNTED = ("nv_inference_count", "nv_inference_exec_count", "nv_inference_compu
 _TOLD = ("fewstep_max_rows", "fewstep_tick_deviation_seconds")
 
 
-def counts(url: str, model: str) -> Counts | None:
+def counts(url: str, model: str, key: str | None = None, cafile: Path | None = None) -> Counts | None:
     """From a server's metrics; None where it does not tell."""
+    trust = ssl.create_default_context(cafile=cafile) if url.startswith("https:") else None
+    asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(asked, timeout=5, context=trust) as answer:
             text = answer.read().decode("utf-8", "replace")
     except (OSError, ValueError, urllib.error.URLError):
         return None

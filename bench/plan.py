@@ -40,6 +40,7 @@ def plan(
     measure_s: float,
     model: str | None,
     key: str | None,
+    cafile: Path | None,
     threads: int | None,
     seed: int,
     json_file: Path | None,
@@ -67,7 +68,7 @@ def plan(
     if _COST.fullmatch(target):
         replica = Replica(Cost.parse(target), max_rows or 16, max_waiting)
     else:
-        address = address_of(target, model=model, key=key, max_rows=max_rows or 16, threads=threads)
+        address = address_of(target, model=model, key=key, cafile=cafile, max_rows=max_rows or 16, threads=threads)
         told.print(f"Measuring {target}: three loads, each three times {measure_s:g} s")
         replica = measured(
             address,

@@ -1,8 +1,10 @@
 """A benchmark from beginning to end: the load in its process, the server watched meanwhile, the report."""
 
 import multiprocessing
+import ssl
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,6 +66,7 @@ def address_of(
     *,
     model: str | None = None,
     key: str | None = None,
+    cafile: Path | None = None,
     max_rows: int = 16,
     threads: int | None = None,
     simulate: str | None = None,
@@ -76,19 +79,28 @@ def address_of(
     scheme = urlsplit(target).scheme if target and "://" in target else ""
     if protocol is not None and protocol not in PROTOCOLS:
         raise BenchError(f"--protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
-    if scheme not in ("", "http", "https", "grpc"):
-        raise BenchError(f"{target}: a server's URL begins with http://, https:// or grpc://")
+    if scheme not in ("", "http", "https", "grpc", "grpcs"):
+        raise BenchError(f"{target}: a server's URL begins with http://, https://, grpc:// or grpcs://")
     if protocol is None:
-        protocol = {"": "in-process", "grpc": "grpc"}.get(scheme, "openai")
+        protocol = {"": "in-process", "grpc": "grpc", "grpcs": "grpc"}.get(scheme, "openai")
     if protocol in ("openai", "http") and scheme not in ("http", "https"):
         raise BenchError(f"{target}: --protocol {protocol} needs a URL such as http://127.0.0.1:8000")
     if protocol == "grpc" and scheme in ("http", "https"):
-        raise BenchError(f"{target}: --protocol grpc needs the gRPC port: grpc://HOST:PORT")
+        raise BenchError(f"{target}: --protocol grpc needs the gRPC port: grpc://HOST:PORT or grpcs://HOST:PORT")
     if protocol == "in-process" and scheme:
         raise BenchError(f"{target}: --protocol in-process needs a bundle's folder or name")
     if simulate is not None and protocol != "in-process":
         raise BenchError("--simulate: a server says itself what it runs on; start it with fewstep serve --simulate")
-    return Address(target or "", protocol, model, key, max_rows, threads, simulate)
+    if cafile is not None and scheme not in ("https", "grpcs"):
+        raise BenchError("--cafile: only https:// and grpcs:// have certificates to check")
+    if cafile is not None:
+        try:
+            ssl.create_default_context(cafile=cafile)
+        except ssl.SSLError:
+            raise BenchError(f"--cafile: {cafile}: holds no certificate in PEM") from None
+        except OSError as error:
+            raise BenchError(f"--cafile: {cafile}: {error.strerror}") from None
+    return Address(target or "", protocol, model, key, cafile, max_rows, threads, simulate)
 
 
 class _Watch:
@@ -166,4 +178,6 @@ class _Watch:
         return round_of(self._address, about, workload, records, server, cpu_s)
 
     def _counts(self, about: About) -> Counts | None:
-        return counts(self._metrics, about.model) if self._metrics else None
+        if self._metrics is None:
+            return None
+        return counts(self._metrics, about.model, self._address.key, self._address.cafile)

@@ -8,9 +8,11 @@ a kind names none.
 
 import asyncio
 import json
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
@@ -43,6 +45,7 @@ class Address:
     protocol: str
     model: str | None = None
     key: str | None = None  # sent as a bearer token
+    cafile: Path | None = None  # certificates to trust, PEM
     max_rows: int = 16
     threads: int | None = None
     simulate: str | None = None
@@ -276,20 +279,27 @@ class KserveGrpcTarget:
         self._messages = service_pb2
         self._error = grpc.aio.AioRpcError
         target = self._address.target
-        place = target.split("://", 1)[-1].rstrip("/")
-        self._channel = grpc.aio.insecure_channel(place, [("grpc.max_receive_message_length", -1)])
+        scheme, _, place = target.rstrip("/").rpartition("://")
+        limits = [("grpc.max_receive_message_length", -1)]
+        if scheme == "grpcs":
+            cafile = self._address.cafile
+            trust = grpc.ssl_channel_credentials(cafile.read_bytes() if cafile else None)
+            self._channel = grpc.aio.secure_channel(place, trust, limits)
+        else:
+            self._channel = grpc.aio.insecure_channel(place, limits)
         self._metadata = [("authorization", f"Bearer {self._address.key}")] if self._address.key else None
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         try:
-            server = await self._stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=10)
+            told: dict[str, Any] = {"metadata": self._metadata, "timeout": 10}
+            server = await self._stub.ServerMetadata(service_pb2.ServerMetadataRequest(), **told)
             model = self._address.model
             if model is None:
-                index = await self._stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True), timeout=10)
+                index = await self._stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True), **told)
                 if not index.models:
                     raise BenchError(f"--model: {target} does not list its models; name one")
                 model = str(index.models[0].name)
-            metadata = await self._stub.ModelMetadata(service_pb2.ModelMetadataRequest(name=model), timeout=10)
-            config = await self._stub.ModelConfig(service_pb2.ModelConfigRequest(name=model), timeout=10)
+            metadata = await self._stub.ModelMetadata(service_pb2.ModelMetadataRequest(name=model), **told)
+            config = await self._stub.ModelConfig(service_pb2.ModelConfigRequest(name=model), **told)
         except self._error as error:
             raise BenchError(f"{target}: {error.code().name}: {str(error.details())[:200]}") from None
         optional = {one.name for one in config.config.input if one.optional}
@@ -392,12 +402,17 @@ _WORDS = ("prompt", "label", "seed", "steps", "solver", "guidance")
 def _client(address: Address) -> HttpClient:
     parts = urlsplit(address.target)
     headers = {"Authorization": f"Bearer {address.key}"} if address.key else {}
-    return HttpClient(f"{parts.scheme}://{parts.netloc}", headers)
+    return HttpClient(f"{parts.scheme}://{parts.netloc}", headers, address.cafile)
 
 
 async def _reach(client: HttpClient, address: Address, path: str) -> Answer:
     try:
         return await client.request("GET", path)
+    except ssl.SSLCertVerificationError as error:
+        reason = error.verify_message
+        raise BenchError(
+            f"{address.target}: {reason}; --cafile names a file with the authority's certificate"
+        ) from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise BenchError(f"{address.target}: cannot be reached: {reason}; is the server running?") from None

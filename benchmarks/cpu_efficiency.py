@@ -9,22 +9,29 @@ that HTTP, JSON, scheduling, the solver step, noise, PNG and base64 cost nothing
 """
 
 import argparse
-import http.client
+import asyncio
+import base64
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewstep.runtime import Bundle
+from fewstep.bench.http_client import HttpClient
+from fewstep.bench.observer import counts
+from fewstep.runtime import Bundle, Engine, Request
 from fewstep.runtime.backends import OnnxBackend
+from fewstep.runtime.pictures import encode
+
+IMAGES = "/v1/images/generations"
 
 
 def main() -> None:
@@ -43,17 +50,16 @@ def main() -> None:
     server = subprocess.Popen([*command, "--threads", str(options.threads)], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        host, _, port = server.stdout.readline().split(" at http://")[1].split()[0].rpartition(":")
-        address = (host, int(port))
-        check(address, bundle)
-        load(address, bundle, options.clients, 1.0)  # warm
-        rows = round(batch_of(address, lambda: load(address, bundle, options.clients, 1.0)))
+        url = "http://" + server.stdout.readline().split(" at http://")[1].split()[0].rstrip("/")
+        check(url, bundle)
+        load(url, bundle, options.clients, 1.0)  # warm
+        rows = round(batch_of(url, bundle, lambda: load(url, bundle, options.clients, 1.0)))
         bare = Bare(bundle, rows, options.threads)
         rounds = []
         for _ in range(options.rounds):
             bare_ms = bare.cpu_ms_per_image(options.seconds / 2)
             before_s = cpu_seconds(server.pid)
-            images, took_s, latencies = load(address, bundle, options.clients, options.seconds)
+            images, took_s, latencies = load(url, bundle, options.clients, options.seconds)
             server_ms = 1000 * (cpu_seconds(server.pid) - before_s) / images
             rounds.append({"bare_ms": bare_ms, "server_ms": server_ms, "images_per_s": images / took_s,
                            "p50_ms": 1000 * statistics.median(latencies)})  # fmt: skip
@@ -97,62 +103,52 @@ class Bare:
         return 1000 * (time.process_time() - start_s) / (calls * self.rows) * self.steps
 
 
-def load(address: tuple[str, int], bundle: Bundle, clients: int, seconds: float) -> tuple[int, float, list[float]]:
-    """Closed-loop load: images made, seconds taken, latency of each request."""
+def load(url: str, bundle: Bundle, clients: int, seconds: float) -> tuple[int, float, list[float]]:
+    """Closed-loop load: images made, seconds taken, latency of each request.
+
+    One thread with the benchmark's own client, since every CPU cycle and cache line of a client on the same machine is
+    one that the server does not have.
+    """
     latencies: list[float] = []
     prompt = bundle.manifest.labels.names[0] if bundle.manifest.labels else ""
-    end_s = time.perf_counter() + seconds
-
-    def client(number: int) -> None:
-        connection = http.client.HTTPConnection(*address)
-        body = json.dumps({"prompt": prompt, "seed": number})
-        while (start_s := time.perf_counter()) < end_s:
-            connection.request("POST", "/v1/images/generations", body)
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == 200
-            latencies.append(time.perf_counter() - start_s)
-        connection.close()
-
     start_s = time.perf_counter()
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+
+    async def client(http: HttpClient, number: int) -> None:
+        body = json.dumps({"prompt": prompt, "seed": number}).encode()
+        while (asked_s := time.perf_counter()) < start_s + seconds:
+            answer = await http.request("POST", IMAGES, body)
+            assert answer.status == 200, answer.body
+            latencies.append(time.perf_counter() - asked_s)
+
+    async def clients_together() -> None:
+        http = HttpClient(url)
+        await asyncio.gather(*(client(http, number) for number in range(clients)))
+        http.close()
+
+    asyncio.run(clients_together())
     return len(latencies), time.perf_counter() - start_s, latencies
 
 
-def check(address: tuple[str, int], bundle: Bundle) -> None:
+def check(url: str, bundle: Bundle) -> None:
     """The server must make what the engine makes before it is timed."""
-    from fewstep.runtime import Engine, Request
-    from fewstep.runtime.pictures import encode
-
     label = 0 if bundle.manifest.labels else None
     (sample,) = Engine(bundle, threads=1).generate([Request(5, bundle.tableau(), label)])
-    connection = http.client.HTTPConnection(*address)
     prompt = bundle.manifest.labels.names[0] if bundle.manifest.labels else ""
-    connection.request("POST", "/v1/images/generations", json.dumps({"prompt": prompt, "seed": 5}))
-    answer = json.loads(connection.getresponse().read())
-    import base64
+    body = json.dumps({"prompt": prompt, "seed": 5}).encode()
+    with urllib.request.urlopen(urllib.request.Request(url + IMAGES, body)) as answer:
+        image = base64.b64decode(json.load(answer)["data"][0]["b64_json"])
+    assert image == encode(sample.to_uint8())
 
-    assert base64.b64decode(answer["data"][0]["b64_json"]) == encode(sample.to_uint8())
 
-
-def batch_of(address: tuple[str, int], work: Any) -> float:
+def batch_of(url: str, bundle: Bundle, work: Callable[[], Any]) -> float:
     """Mean rows of a network call while ``work`` runs."""
-
-    def counts() -> tuple[float, float]:
-        connection = http.client.HTTPConnection(*address)
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read().decode().splitlines()
-        found = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("nv_")}
-        return found["nv_inference_count"], found["nv_inference_exec_count"]
-
-    rows, calls = counts()
+    before = counts(f"{url}/metrics", bundle.name)
     work()
-    rows_after, calls_after = counts()
-    return (rows_after - rows) / (calls_after - calls)
+    after = counts(f"{url}/metrics", bundle.name)
+    assert before is not None
+    assert after is not None
+    done = after.since(before)
+    return done.rows / done.calls
 
 
 def cpu_seconds(pid: int) -> float:

@@ -394,18 +394,18 @@ class Engine:
                 self._update(slice(0, 1), raw)
             if behind is not None:
                 self._input[1] = behind
-        for i in reversed(range(rows)):
-            ticket = slots.tickets[i]
-            if id(ticket) in lost:
-                slots.remove(i)
-                self._fail(ticket, SampleFailed(f"the step failed: {lost[id(ticket)]}"))
+        failed = [i for i, ticket in enumerate(slots.tickets) if id(ticket) in lost]
+        tickets = [slots.tickets[i] for i in failed]
+        slots.remove(failed)
+        for ticket in tickets:
+            self._fail(ticket, SampleFailed(f"the step failed: {lost[id(ticket)]}"))
 
     def _let_go(self, now_s: float) -> None:
         over = [i for i, ticket in enumerate(self._slots.tickets) if ticket.is_over(now_s)]
-        tickets = [self._slots.tickets[i] for i in over]
-        for i in reversed(over):
-            self._slots.remove(i)
-        self._end(tickets, "running")
+        if over:
+            tickets = [self._slots.tickets[i] for i in over]
+            self._slots.remove(over)
+            self._end(tickets, "running")
 
     def _admit(self, now_s: float) -> None:
         if not len(self._scheduler):
@@ -523,16 +523,14 @@ class Engine:
 
     def _harvest(self, now_s: float) -> None:
         slots = self._slots
-        rows = len(slots)
-        finished = np.flatnonzero(slots.left[:rows] == 0)
-        if not len(finished):
+        finished: list[int] = np.flatnonzero(slots.left[: len(slots)] == 0).tolist()
+        if not finished:
             return
         pixels = self._device.fetch(slots.x[finished])
         is_finite = np.asarray(np.isfinite(pixels).all(axis=1))
         pixels = pixels.reshape(-1, *self.bundle.manifest.sample_shape)
         tickets = [slots.tickets[i] for i in finished]
-        for i in reversed(finished.tolist()):
-            slots.remove(i)
+        slots.remove(finished)
         made: list[tuple[Ticket, Sample]] = []
         for i, ticket in enumerate(tickets):
             if not is_finite[i]:

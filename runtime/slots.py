@@ -1,9 +1,10 @@
 """Slots: the places of the latent pool, and everything a running row carries.
 
-Running rows are the first ``len(slots)`` rows of every array, without gaps: a row that leaves is replaced by
-the last one. So each tick works on plain prefixes, ``slots.x[:n]``, and allocates nothing.
+Running rows are the first ``len(slots)`` rows of every array, without gaps: rows that leave are replaced
+by the last ones. So each tick works on plain prefixes, ``slots.x[:n]``, and allocates nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,19 +62,23 @@ class Slots:
         ticket = self.tickets[i]
         x, network_input, history = (array[i].copy() for array in (self.x, self.network_input, self.history))
         ticket.paused = Paused(x, network_input, history, int(self.left[i]))
-        self.remove(i)
+        self.remove([i])
         return ticket
 
-    def remove(self, i: int) -> None:
-        """Free place ``i``; the last row moves there."""
-        last = len(self.tickets) - 1
-        if i != last:
-            self.tickets[i] = self.tickets[last]
+    def remove(self, places: Sequence[int]) -> None:
+        """Free places; rows from the end move there."""
+        rows = len(self.tickets) - len(places)
+        free = [i for i in places if i < rows]
+        if free:
+            left = set(places)
+            moving = [i for i in range(rows, len(self.tickets)) if i not in left]
+            for i, j in zip(free, moving, strict=True):
+                self.tickets[i] = self.tickets[j]
             for array in (self.x, self.network_input, self.history, self.table_row, self.left):
-                array[i] = array[last]
+                array[free] = array[moving]
             for array in (self.seed, self.guidance, self.label):
-                array[i] = array[last]
-        self.tickets.pop()
+                array[free] = array[moving]
+        del self.tickets[rows:]
 
     def swap(self, i: int, j: int) -> None:
         """Let two rows change places."""

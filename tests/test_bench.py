@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import free_port
 
 from fewstep.bench import BenchError, bench
 from fewstep.bench.compare import compare, unlike
@@ -126,6 +127,32 @@ def test_every_protocol_measures_a_real_server(serving: Serving, make_bundle: Ca
         assert total["images_per_s"] > total["requests_per_s"]
         assert set(made["kinds"]) == {"steps=1 target_ms=5000", "steps=4 target_ms=5000", "n=2"}
     assert rounds["openai"]["total"]["sample_steps_per_s"] > rounds["openai"]["total"]["images_per_s"]
+
+
+def test_a_server_with_keys_and_tls_is_measured_too(
+    serving: Serving, make_bundle: Callable[..., Path], certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, private = certificate
+    monkeypatch.setenv("FEWSTEP_API_KEY", "open-sesame")
+    load = workload(clients=2, warmup_s=0.1, seconds=0.5)
+    port = free_port()
+    flags = ("--tls-certfile", cert, "--tls-keyfile", private, "--grpc-port", str(port))
+    with serving(make_bundle(), *flags) as (_, (host, http_port)):
+        url = f"https://{host}:{http_port}"
+        for target in (url, f"grpcs://{host}:{port}"):
+            address = address_of(target, key="open-sesame", cafile=cert)
+            made = bench(address, load, metrics=f"{url}/metrics", is_quiet=True)
+            assert made["total"]["ok"] == made["total"]["requests"] > 2
+            assert made["server"]["rows_per_call"] >= 1
+        for target, key, cafile, message in (
+            (url, "wrong", cert, "401"),
+            (url, "open-sesame", None, "--cafile names a file"),
+            (f"grpcs://{host}:{port}", "wrong", cert, "UNAUTHENTICATED"),
+            (f"grpcs://{host}:{port}", "open-sesame", None, "UNAVAILABLE"),
+        ):
+            with pytest.raises(BenchError) as error:
+                bench(address_of(target, key=key, cafile=cafile), load, is_quiet=True)
+            assert message in str(error.value)
 
 
 def ports(pid: int) -> list[int]:
@@ -298,12 +325,25 @@ def test_a_wrong_workload_is_refused_by_its_option(options: dict[str, Any], mess
         ("http://a:1", "grpc", "needs the gRPC port"),
         ("http://a:1", "in-process", "needs a bundle"),
         ("somewhere", "http", "needs a URL"),
+        ("grpcs://a:1", "http", "needs a URL"),
     ],
 )
 def test_a_target_that_does_not_fit_its_protocol_is_refused(target: str, protocol: str, message: str) -> None:
     with pytest.raises(BenchError) as error:
         address_of(target, protocol)
     assert message in str(error.value)
+
+
+def test_certificates_to_trust_are_looked_at_first(tmp_path: Path) -> None:
+    (tmp_path / "empty.pem").touch()
+    for target, cafile, message in (
+        ("http://a:1", tmp_path / "empty.pem", "--cafile: only https:// and grpcs://"),
+        ("https://a:1", tmp_path / "empty.pem", f"--cafile: {tmp_path / 'empty.pem'}: holds no certificate"),
+        ("grpcs://a:1", tmp_path / "no.pem", f"--cafile: {tmp_path / 'no.pem'}: No such file or directory"),
+    ):
+        with pytest.raises(BenchError) as error:
+            address_of(target, cafile=cafile)
+        assert message in str(error.value)
 
 
 def test_arrivals_have_their_rate_and_their_shape() -> None:

@@ -2,8 +2,6 @@
 
 import http.client
 import json
-import shutil
-import socket
 import ssl
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import openai
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from conftest import free_port
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
@@ -31,13 +30,6 @@ Address = tuple[str, int]
 Serving = Callable[..., AbstractContextManager[tuple["subprocess.Popen[str]", Address]]]
 IMAGES = "/v1/images/generations"
 CLI = [sys.executable, "-m", "fewstep.cli"]
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def ask(
@@ -338,20 +330,6 @@ def test_settings_that_cannot_be_used_are_named(
 
 
 # --- TLS and CORS
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl on this machine")
-    folder = tmp_path_factory.mktemp("tls")
-    pair = folder / "cert.pem", folder / "key.pem"
-    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    files = ["-days", "2", "-out", str(pair[0]), "-keyout", str(pair[1])]
-    subprocess.run([*new, *names, *files], check=True, capture_output=True)
-    return pair
 
 
 def test_http_and_grpc_speak_tls(

@@ -33,6 +33,7 @@ import numpy as np
 import psutil
 import pytest
 import schemathesis
+from conftest import free_port
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
@@ -64,13 +65,6 @@ def note(name: str, **figures: Any) -> None:
         # How busy the machine is with other things decides the times here, and not what is right.
         kept["machine"] = {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
         file.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def ask(address: Address, method: str, path: str, body: Any = None) -> tuple[int, bytes, dict[str, str]]:

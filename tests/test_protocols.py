@@ -8,7 +8,6 @@ import io
 import json
 import queue
 import shutil
-import socket
 import struct
 import threading
 import time
@@ -24,6 +23,7 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.grpc.aio as triton_grpc_aio
 import tritonclient.http as triton_http
 import tritonclient.http.aio as triton_http_aio
+from conftest import free_port
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from numpy.typing import NDArray
@@ -37,13 +37,6 @@ from fewstep.runtime.bundle import MANIFEST, write_manifest
 Address = tuple[str, int]
 Serving = Callable[..., AbstractContextManager[tuple[Any, Address]]]
 Where = tuple[str, str]  # of HTTP and of gRPC
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
