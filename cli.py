@@ -823,6 +823,7 @@ def ray_serve(
     max_replicas: Annotated[int, typer.Option(min=1, help="Replicas at most.")] = 4,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one network call.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray keeps for a replica.")] = 0,
+    students: Annotated[int, typer.Option(min=1, help="Of the settings' repository, that a replica has at once.")] = 4,
 ) -> None:
     """Serve students on Ray Serve: replicas of the server, on this machine or on the cluster that RAY_ADDRESS names."""
     from importlib.util import find_spec
@@ -834,7 +835,7 @@ def ray_serve(
     named = ",".join(bundles) if bundles else None
     run(
         Arguments(bundles=named, config=config, min_replicas=min_replicas, max_replicas=max_replicas, threads=threads,
-                  num_cpus=threads, num_gpus=gpus), host, port,
+                  num_cpus=threads, num_gpus=gpus, students=students), host, port,
     )  # fmt: skip
 
 

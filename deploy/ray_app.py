@@ -7,11 +7,17 @@ Each replica is one process with its own engines, and batches by itself: Ray cho
 engine's scheduler all else. Ray refuses with 429 what is more than its line takes, as a replica does for its own, so
 that OpenAI's clients come back by themselves. A request that was under way on a replica that died ends with 500, which
 they ask again.
+
+Where the settings have a ``repository``, its students are multiplexed over the replicas. A request names one in Ray's
+header, and goes to a replica that has it where there is one; else a replica loads it, and lets go of the one that was
+asked for the longest ago when it has ``students`` of them: no request is under way on it then, for it waits for those.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +25,11 @@ import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..server import Settings
+from ..server.errors import ApiError
+from ..server.service import Service
 
 NAME = "fewstep"
 
@@ -37,6 +46,7 @@ class Arguments(BaseModel):
     num_gpus: float = Field(default=0, ge=0)
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=4, ge=1)
+    students: int = Field(default=4, ge=1)  # of the repository, that a replica has at once
     max_queued: int = Field(default=256, ge=1)  # requests in the proxy's line; more are refused with 429
     up_s: float = Field(default=5, ge=0)  # a load that lasts so long starts replicas
     down_s: float = Field(default=60, ge=0)  # and one that stays away so long ends them
@@ -56,11 +66,10 @@ def app(arguments: Arguments) -> serve.Application:
         from ..server.app import create_app
         from ..server.gate import gated
         from ..server.logs import set_up_logs
-        from ..server.service import Service
 
         set_up_logs(settings.log_format, settings.log_level, settings.access_log)
-        service = Service(settings)
-        return gated(create_app(service), service)
+        service = _Replica(settings)
+        return gated(_multiplexed(create_app(service), service, arguments.students), service)
 
     # A replica runs max_rows samples at once; with half as many in line its slots never wait for a request.
     full = max(2, settings.max_rows * 3 // 2)
@@ -83,6 +92,59 @@ def app(arguments: Arguments) -> serve.Application:
     deployment: Any = decorate(serve.ingress(replica)())
     application: serve.Application = deployment.bind()
     return application
+
+
+class _Replica(Service):
+    """What a replica serves: a request that names no student itself gets the one of its header."""
+
+    @property
+    def default(self) -> str | None:
+        """See `Service.default`."""
+        return serve.get_multiplexed_model_id() or super().default
+
+
+class _Held:
+    """A student of the repository that a replica has; ``__del__`` is the instance's, as Ray calls it."""
+
+    def __init__(self, service: Service, name: str) -> None:
+        self.under_way = 0
+        self.is_idle = asyncio.Event()
+        self.is_idle.set()
+
+        async def let_go() -> None:
+            await self.is_idle.wait()
+            with suppress(ApiError):  # somebody unloaded it by its name
+                service.unload(name)
+
+        self.__del__ = let_go
+
+
+def _multiplexed(app: ASGIApp, service: Service, students: int) -> ASGIApp:
+    """The application, with the student that a request's header names loaded when the request comes to it."""
+    resident = {*service.engines, *service.aliases}
+
+    async def load(name: str) -> _Held:
+        await service.load(name, {})
+        return _Held(service, name)
+
+    student: Any = serve.multiplexed(load, max_num_models_per_replica=students)
+
+    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+        name = serve.get_multiplexed_model_id() if scope["type"] == "http" else ""
+        if not name or name in resident:
+            await app(scope, receive, send)
+            return
+        held = await student(name)
+        held.under_way += 1
+        held.is_idle.clear()
+        try:
+            await app(scope, receive, send)
+        finally:
+            held.under_way -= 1
+            if not held.under_way:
+                held.is_idle.set()
+
+    return asked
 
 
 def run(arguments: Arguments, host: str, port: int) -> None:

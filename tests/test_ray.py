@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -41,16 +42,22 @@ Address = tuple[str, int]
 IMAGES = "/v1/images/generations"
 SLOTS = 4  # of a replica
 STEP_MS = 20
+OTHERS = ("one", "two", "three", "four")  # in the repository; a replica has two of them at once
 
 
 @pytest.fixture(scope="module")
 def address(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     """Two replicas, three at most, on simulated accelerators, so that load does not depend on this machine."""
     config = tmp_path_factory.mktemp("ray") / "server.toml"
-    config.write_text(f'simulate = "{STEP_MS}+0"\nmax_rows = {SLOTS}\n')
+    repository = config.parent / "students"
+    for name in OTHERS:
+        shutil.copytree(make_bundle(), repository / name)
+        manifest = json.loads((repository / name / "bundle.json").read_text())
+        (repository / name / "bundle.json").write_text(json.dumps({**manifest, "name": name}))
+    config.write_text(f'simulate = "{STEP_MS}+0"\nmax_rows = {SLOTS}\nrepository = "{repository}"\n')
     arguments = Arguments(
         bundles=str(make_bundle()), config=config, num_cpus=0.1, min_replicas=2, max_replicas=3, max_queued=32,
-        up_s=1, down_s=2,
+        up_s=1, down_s=2, students=2,
     )  # fmt: skip
     host, port = "127.0.0.1", free_ports(1)[0]
     start(app(arguments), host, port, [("num_cpus", 4), ("include_dashboard", False)])
@@ -58,9 +65,10 @@ def address(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     stop()
 
 
-def ask(address: Address, **body: Any) -> tuple[int, Any, dict[str, str]]:
+def ask(address: Address, student: str | None = None, **body: Any) -> tuple[int, Any, dict[str, str]]:
     connection = http.client.HTTPConnection(*address, timeout=60)
-    connection.request("POST", IMAGES, json.dumps({"prompt": "digit 3", **body}))
+    headers = {"serve_multiplexed_model_id": student} if student else {}
+    connection.request("POST", IMAGES, json.dumps({"prompt": "digit 3", **body}), headers)
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
@@ -114,10 +122,40 @@ def test_previews_pass_through_as_they_come(address: Address) -> None:
     assert came[-1][1] - came[0][1] > 2 * STEP_MS / 1000  # not all at the end
 
 
+def test_students_of_the_repository_are_loaded_as_they_are_asked_for_and_let_go_when_nobody_is_on_them(
+    address: Address, make_bundle: Callable[..., Path]
+) -> None:
+    """Four students over replicas of two each, with eight steps of a request under way when a student has to go."""
+    (status, refused, _) = ask(address, "five")
+    assert (status, refused["error"]["code"]) == (404, "model_not_found")
+    bundle = Bundle.load(make_bundle())
+    engine = Engine(bundle, backend=simulated("0+0"))
+    samples = engine.generate([Request(i, bundle.tableau("ddim", 8), 3) for i in range(32)])
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(
+            pool.map(
+                lambda i: ask(address, OTHERS[i // 2 % 4], solver="ddim", num_inference_steps=8, seed=i), range(32)
+            )
+        )
+    assert [status for status, *_ in answers] == [200] * 32
+    for i, (_, body, _) in enumerate(answers):
+        assert body["model"] == OTHERS[i // 2 % 4]
+        picture = np.array(Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"]))))
+        assert np.array_equal(picture, samples[i].to_uint8()[:, :, 0])
+    for _ in range(8):  # whichever replica answers
+        connection = http.client.HTTPConnection(*address, timeout=60)
+        connection.request("GET", "/v1/models")
+        served = {one["id"] for one in json.load(connection.getresponse())["data"]}
+        connection.close()
+        assert served >= {"digits"}
+        assert 1 <= len(served & set(OTHERS)) <= 2
+    assert ask(address, "digits")[1]["model"] == ask(address)[1]["model"] == "digits"
+
+
 def test_what_is_too_much_is_429_with_when_to_come_back(address: Address) -> None:
-    """Three replicas hold 12 requests each, the line 32, and they end seven a second: of a hundred some are refused."""
+    """Three replicas hold 12 requests each, the line 32, and they end 14 a second: of a hundred some are refused."""
     with ThreadPoolExecutor(100) as pool:
-        answers = list(pool.map(lambda i: ask(address, seed=i, n=12, num_inference_steps=8), range(100)))
+        answers = list(pool.map(lambda i: ask(address, seed=i, n=12, num_inference_steps=4), range(100)))
     statuses = Counter(status for status, *_ in answers)
     assert set(statuses) == {200, 429}
     assert all(int(headers["retry-after"]) >= 1 for status, _, headers in answers if status == 429)
