@@ -3,13 +3,16 @@
 It comes in an old wheel of ``tritonclient``, and is linked to libraries that the Triton server's wheel has.
 """
 
+import asyncio
 import csv
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +48,8 @@ def perf_analyzer(
         environment: whose libraries it takes.
         address: host and port.
         model: which one is asked.
-        inputs: by name, the values of each request; they are asked in turn.
+        inputs: by name, the values of each request. Each client takes every ``clients``-th of them, over and over: so
+            that all take all, the number of inputs and that of clients should have no divisor in common.
         protocol: of the Open Inference Protocol.
         clients: requests under way.
         requests: in each of its windows, at least.
@@ -67,6 +71,68 @@ def perf_analyzer(
             raise TritonError(f"perf_analyzer: {model}: {done.stdout[-2000:].strip()}")
         (row,) = csv.DictReader(report.read_text().splitlines())
     return Load(float(row["Inferences/Second"]), float(row["p50 latency"]) / 1000, float(row["p99 latency"]) / 1000)
+
+
+@dataclass
+class Relay:
+    """Something to ask in a server's place."""
+
+    address: str
+    inferences: int = 0  # that were asked for
+
+
+@contextmanager
+def without_sequences(address: str) -> Iterator[Relay]:
+    """A relay before a server's HTTP that keeps from its clients which models have sequences.
+
+    To such a model perf_analyzer marks each request as the first and the last of a sequence, and Triton does not bring
+    back a request that its client marked as the end: an iterative model could not be loaded as other clients load it,
+    who name no sequence.
+    """
+    loop = asyncio.new_event_loop()
+    host, _, port = address.rpartition(":")
+    made = Relay("")
+
+    async def relay(client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
+        server, ask = await asyncio.open_connection(host, int(port))
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head, body = await _message(client)
+                ask.write(head + body)
+                path = head.split(b" ", 2)[1]
+                made.inferences += path.endswith(b"/infer")
+                head, body = await _message(server)
+                if path.endswith(b"/config"):
+                    config = {name: value for name, value in json.loads(body).items() if name != "sequence_batching"}
+                    body = json.dumps(config).encode()
+                    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(
+                        body
+                    )
+                answer.write(head + body)
+        ask.close()
+        answer.close()
+
+    listening = loop.run_until_complete(asyncio.start_server(relay, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever, name="fewstep-relay", daemon=True)
+    thread.start()
+    try:
+        made.address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        yield made
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        listening.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+
+async def _message(stream: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """One message of HTTP: its head, and its body of the length that the head tells."""
+    head = await stream.readuntil(b"\r\n\r\n")
+    fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:] if line)
+    return head, await stream.readexactly(int(fields.get(b"content-length", 0)))
 
 
 def _tool(environment: Environment) -> Path:

@@ -32,7 +32,8 @@ from PIL import Image
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from fewstep.deploy.perf_analyzer import perf_analyzer
+from fewstep.cli import main
+from fewstep.deploy.perf_analyzer import perf_analyzer, without_sequences
 from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
 from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, write_model
 from fewstep.deploy.triton_server import (
@@ -285,6 +286,24 @@ def test_perf_analyzer_loads_the_standalone_server_and_a_variant(
         assert 0 < seen.p50_ms <= seen.p99_ms
 
 
+def test_perf_analyzer_loads_the_iterative_variant_step_by_step(environment: Environment, where: Where) -> None:
+    """Behind the relay it names no sequence: Triton counts the executions that a request is brought back for, too."""
+
+    def counted() -> int:
+        with urllib.request.urlopen(f"http://{where.http}/v2/models/digits-iterative/stats", timeout=30) as response:
+            count: int = json.load(response)["model_stats"][0]["inference_count"]
+        return count
+
+    before = counted()
+    with without_sequences(where.http) as relay:
+        asked = [{"STEPS": [8], "LABEL": [3], "SEED": [1]}]
+        seen = perf_analyzer(
+            environment, relay.address, "digits-iterative", asked, protocol="http", clients=4, requests=40
+        )
+    assert 0 < seen.p50_ms <= seen.p99_ms
+    assert counted() - before > 4 * relay.inferences  # eight executions each, some of them seen as one
+
+
 def test_a_client_may_call_its_request_a_sequence(where: Where) -> None:
     """As perf_analyzer does. Triton does not bring back a request that its client marked as the end."""
     expected = over_http(where.standalone, "digits", ASKED[1])
@@ -428,9 +447,7 @@ def test_a_graph_on_a_server_with_a_backend_for_it_gives_the_engines_pixels(
     backend = os.environ.get("TRITON_ONNXRUNTIME_BACKEND")
     if backend is None:
         pytest.skip("TRITON_ONNXRUNTIME_BACKEND names no folder of it: PyPI's server has no onnxruntime backend")
-    other = altered(environment, tmp_path / "triton")
-    (tmp_path / "triton" / "backends").unlink()
-    shutil.copytree(environment.folder / "backends", tmp_path / "triton" / "backends")
+    other = with_python_alone(environment, tmp_path / "triton")
     other.add_backend(Path(backend))
     bundle = Bundle.load(make_bundle())
     for solver, steps in (("ancestral", 4), ("dpmpp_2m", 3)):
@@ -463,6 +480,7 @@ def test_a_server_without_the_backend_of_a_graph_says_so(
     environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     write_graph_model(Bundle.load(make_bundle()), tmp_path / "repository", solver="ddim", steps=1, name="one")
+    environment = with_python_alone(environment, tmp_path / "triton")
     with pytest.raises(TritonError, match=r"one: is for Triton's onnxruntime backend, which .* lacks; give it one"):
         refuse_without_backend(read_repository(tmp_path / "repository"), environment)
     with pytest.raises(TritonError, match=r"--backend: .*/onnxruntime: has no libtriton_onnxruntime\.so; a backend is"):
@@ -593,6 +611,14 @@ def altered(environment: Environment, folder: Path, **packages: Path | None) -> 
     return Environment(folder)
 
 
+def with_python_alone(environment: Environment, folder: Path) -> Environment:
+    """The same server, without the backends that were added to it."""
+    (folder / "backends").mkdir(parents=True)
+    for name in ("python", "ready", "backends/python"):
+        (folder / name).symlink_to(environment.folder / name)
+    return Environment(folder)
+
+
 def test_numpy_2_is_refused_by_the_check_and_by_triton(environment: Environment, spoilt: Path, tmp_path: Path) -> None:
     """The numpy of this process; with it, Triton would load the model and give outputs without data."""
     ours = Path(sysconfig.get_path("purelib"))
@@ -634,12 +660,21 @@ def test_a_bad_repository_is_refused_in_one_line(spoilt: Path, spoil: Callable[[
 
 
 def test_the_commands_write_and_check_a_repository(
-    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
+    environment: Environment,
+    make_bundle: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    server = with_python_alone(environment, tmp_path / "triton").folder
+
     def fewstep(*arguments: str | Path) -> tuple[int, str]:
-        command = [sys.executable, "-m", "fewstep.cli", *map(str, arguments)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        return done.returncode, done.stdout
+        monkeypatch.setattr("sys.argv", ["fewstep", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, told.out + told.err
 
     export = ("export", make_bundle(), "--triton", tmp_path / "repository", "--threads", "1")
     assert fewstep(*export)[0] == 0
@@ -655,7 +690,10 @@ def test_the_commands_write_and_check_a_repository(
     whole = "digits-ancestral-8 (graph): is whole; it was held against the engine when it was written, and not asked"
     whole += ": no onnxruntime backend that check knows\n"
     right = "digits (iterative, decoupled): 51 alone and 51 at once of 51 requests have the right pixels\n"
-    assert fewstep("triton", "check", tmp_path / "repository") == (0, whole + right)
+    assert fewstep("triton", "check", tmp_path / "repository", "--environment", server) == (0, whole + right)
     (tmp_path / "repository" / "digits-ancestral-8" / "1" / "model.onnx").write_bytes(b"")
-    assert "model.onnx: is missing or was altered" in fewstep("triton", "check", tmp_path / "repository")[1]
+    assert (
+        "model.onnx: is missing or was altered"
+        in fewstep("triton", "check", tmp_path / "repository", "--environment", server)[1]
+    )
     assert fewstep("triton", "check", tmp_path / "no") == (2, f"fewstep: {tmp_path}/no: there is no such folder\n")
