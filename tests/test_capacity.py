@@ -159,7 +159,7 @@ def test_a_real_engine_takes_as_long_within_15_percent(make_bundle: Callable[...
 def test_what_a_replica_costs_is_measured(make_bundle: Callable[..., Path]) -> None:
     """A call's time is in it, and what the machine adds; nothing less can be."""
     address = address_of(str(make_bundle()), simulate="20+1", threads=1)
-    replica = measured(address, seconds=1.0, max_waiting=64)
+    replica = measured(address, seconds=0.4, max_waiting=64)
     assert replica.max_rows == 16
     assert replica.max_waiting == 64
     assert replica.default_steps == 4
