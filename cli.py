@@ -552,14 +552,14 @@ def evaluate(
     from rich.table import Table
 
     from .bench.page import draw
-    from .training.report import evaluate_steps
+    from .training.report import evaluate as judge
 
     parts = [part.strip() for part in steps.split(",")] if steps else []
     if not all(part.isdecimal() and int(part) for part in parts):
         _stop(f"--steps: {steps!r} should be numbers of network calls, such as 4 or 1,2,4,8")
     if plot is not None and len(parts) < 2:
         _stop("--plot: draws several numbers of steps; give them, such as --steps 1,2,4,8")
-    reports = evaluate_steps(
+    reports = judge(
         source, [int(part) for part in parts] or [None], data=data, classifier=classifier, solver=solver,
         guidance=guidance, precision=precision, samples=samples, seeds=seeds,
     )  # fmt: skip

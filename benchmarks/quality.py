@@ -786,7 +786,8 @@ def guided_page(cells: Cell, name: str, stochastic: str = "") -> list[str]:
     arms, other = cells[name]["arms"], cells.get(stochastic, {"arms": {}})["arms"]
     rows = [
         "### Guidance: one call for two", "",
-        f"`{name}`; `{stochastic}`, whose stages are shorter, for the stochastic sampler. " if other else f"`{name}`. ",
+        f"`{name}`; `{stochastic}`, whose stages are shorter, for the stochastic sampler; its seeds are the second "
+        "number. " if other else f"`{name}`. ",
         "Stage 1 is told w and calls once a step; guidance without distillation (CFG) calls twice, but for w = 0.", "",
         line("w", "CFG, ddim, 16 steps", "stage 1, ddim, 16 calls", "RMSE to CFG's solution", "CFG, ddim, 4 steps",
              "stage 2, ddim, 4 calls", *(["stochastic stage 2, 4 calls"] if other else []), "seeds"),
@@ -795,12 +796,14 @@ def guided_page(cells: Cell, name: str, stochastic: str = "") -> list[str]:
     rows[2:4] = [rows[2] + rows[3]]
     for w in scales_of(arms):
         one = arms[f"stage 1 w={w} ddim 16"]
-        late = [said(other[f"stage 2 w={w} meng_stochastic 4"]["frechet_distance"])] if other else []
+        second = other.get(f"stage 2 w={w} meng_stochastic 4")
+        late = [said(second["frechet_distance"])] if second else []
         rows.append(
             line(
                 w, said(arms[f"CFG w={w} ddim 16"]["frechet_distance"]), said(one["frechet_distance"]),
                 said(one["rmse_to_teacher"], 3), said(arms.get(f"CFG w={w} ddim 4", {}).get("frechet_distance")),
-                said(arms[f"stage 2 w={w} ddim 4"]["frechet_distance"]), *late, one["seeds"],
+                said(arms[f"stage 2 w={w} ddim 4"]["frechet_distance"]), *late,
+                ", ".join(str(cell["seeds"]) for cell in (one, second) if cell),
             )
         )  # fmt: skip
     return [*rows, ""]

@@ -1,7 +1,12 @@
-"""The whole way on scikit-learn's digits, by the commands a user types: train, distil, export, serve, ask, look."""
+"""The whole way on scikit-learn's digits, by the commands a user types: train, distil, export, serve, ask, look.
+
+On the way, what one finished run is good for: its student beats the teacher's few steps, and is not trained again.
+"""
 
 import base64
+import csv
 import io
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +18,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
+
+from fewstep.runtime.schedules import karras
+from fewstep.training import load_checkpoint, train
 
 RECIPE = """
 name = "tiny-digits"
@@ -34,7 +42,7 @@ batch = 128
 learning_rate = 4e-3
 warmup_images = 2_560
 ema_half_life = 4_000
-checkpoint_every = 19_200
+checkpoint_every = 38_400
 [student]
 num_steps = 4
 sigma_max = 20.0
@@ -48,7 +56,9 @@ ema_half_life = 1_000
 checkpoint_every = 3_200
 [evaluation]
 samples = 200
-classifier_images = 6_400
+noise_seeds = 1
+step_counts = [4]
+classifier_images = 12_800
 """
 
 
@@ -59,11 +69,46 @@ def fewstep(*arguments: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "tiny.toml").write_text(RECIPE)
+    fewstep("train", "tiny.toml", "-o", "run", cwd=folder)
+    return folder / "run"
+
+
+def test_the_teacher_learns(digits: Path) -> None:
+    with (digits / "teacher" / "log.csv").open(newline="") as file:
+        losses = [float(row["teacher"]) for row in csv.DictReader(file)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_four_student_steps_beat_four_teacher_steps(digits: Path) -> None:
+    """Moment matching brings the teacher's quality into the student's few steps."""
+    arms = json.loads((digits / "metrics.json").read_text())["arms"]
+    assert arms["student ancestral 4"]["fd"] < 0.7 * arms["teacher ancestral 4"]["fd"]
+    assert arms["student ancestral 4"]["accuracy"] > 0.9
+
+
+def test_a_student_carries_what_export_needs(digits: Path) -> None:
+    student = load_checkpoint(digits / "student.safetensors")
+    assert student.sample_shape == (1, 8, 8)
+    assert student.class_names == tuple("0123456789")
+    assert student.sigmas == pytest.approx(karras(4, 0.25, 20.0).sigma[:-1])
+    assert (student.kind, student.guidance, student.images, student.licence) == ("student", 0.0, 6_400, "CC BY 4.0")
+    assert student.recipe.hash == json.loads((digits / "metrics.json").read_text())["recipe_hash"]
+
+
+def test_a_finished_run_is_not_run_again(digits: Path) -> None:
+    before = (digits / "student.safetensors").stat().st_mtime_ns
+    train(load_checkpoint(digits / "student.safetensors").recipe, digits, until="student", quiet=True)
+    assert (digits / "student.safetensors").stat().st_mtime_ns == before
+
+
 @pytest.mark.slow
-def test_digits_from_a_recipe_to_recognisable_images_over_http(tmp_path: Path) -> None:
-    (tmp_path / "tiny.toml").write_text(RECIPE)
-    fewstep("train", "tiny.toml", "-o", "run", cwd=tmp_path)
-    said = fewstep("export", "run/student.safetensors", "-o", "student", cwd=tmp_path)
+def test_digits_from_a_recipe_to_recognisable_images_over_http(digits: Path, tmp_path: Path) -> None:
+    said = fewstep("export", digits / "student.safetensors", "-o", "student", cwd=tmp_path)
     assert "tiny-digits" in said
     assert "ancestral *" in fewstep("inspect", "student", cwd=tmp_path)
     fewstep("generate", "student", "--label", "7", "--num", "4", "-o", "seven.png", cwd=tmp_path)
@@ -89,8 +134,8 @@ def test_digits_from_a_recipe_to_recognisable_images_over_http(tmp_path: Path) -
         server.terminate()
         server.communicate()
 
-    digits = load_digits()
-    judge = KNeighborsClassifier(3).fit(digits.images.reshape(-1, 64) / 16, digits.target)
+    real = load_digits()
+    judge = KNeighborsClassifier(3).fit(real.images.reshape(-1, 64) / 16, real.target)
     seen = judge.predict(np.stack(images).reshape(-1, 64) / 255)
     accuracy = float(np.mean(seen == asked))
     assert accuracy > 0.8  # 1 in 10 by chance; measured 0.97

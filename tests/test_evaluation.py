@@ -1,14 +1,14 @@
 """Figures of sample quality, held against closed forms, and the report of a checkpoint and of its bundle."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fewstep.cli import app
 from fewstep.training import CheckpointError, train
 from fewstep.training.evaluate import distances, kernel_distance, nearest, precision_recall, sliced_wasserstein
 from fewstep.training.recipe import recipe_from
@@ -62,8 +62,8 @@ def test_a_checkpoint_and_its_bundle_are_judged_alike(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     path = train(recipe, tmp_path, until="student", quiet=True)
     export_checkpoint(path, tmp_path / "bundle")
-    ours = evaluate(path, samples=400, seeds=2)
-    served = evaluate(tmp_path / "bundle", classifier=tmp_path / "classifier.safetensors", samples=400, seeds=2)
+    (ours,) = evaluate(path, samples=400, seeds=2)
+    (served,) = evaluate(tmp_path / "bundle", classifier=tmp_path / "classifier.safetensors", samples=400, seeds=2)
     assert (ours.solver, ours.num_steps, ours.features) == (served.solver, served.num_steps, served.features)
     assert served.mean.sliced_wasserstein == pytest.approx(ours.mean.sliced_wasserstein, rel=0.2)
     assert served.mean.frechet_distance == pytest.approx(ours.mean.frechet_distance, rel=0.2)
@@ -73,16 +73,16 @@ def test_a_checkpoint_and_its_bundle_are_judged_alike(tmp_path: Path) -> None:
     assert ours.floor == served.floor
     assert ours.floor.memorisation == pytest.approx(1, abs=0.03)
     assert ours.floor.frechet_distance < 0.2 * ours.mean.frechet_distance
-    command = [sys.executable, "-m", "fewstep.cli", "evaluate", str(path), "--samples", "100", "--seeds", "1"]
     several = ["--steps", "1,2", "--plot", str(tmp_path / "steps.svg"), "-o", str(tmp_path / "steps.json")]
-    subprocess.run([*command, *several], check=True, capture_output=True)
+    asked = ["evaluate", str(path), "--samples", "100", "--seeds", "1", *several]
+    assert CliRunner().invoke(app, asked).exit_code == 0
     assert [report["num_steps"] for report in json.loads((tmp_path / "steps.json").read_text())] == [1, 2]
     assert "network calls a sample" in (tmp_path / "steps.svg").read_text()
     for wrong, message in (
         ("1,x", "--steps: '1,x' should be numbers"),
         ("2", "--plot: draws several numbers of steps"),
     ):
-        refused = subprocess.run([*command, *several, "--steps", wrong], capture_output=True, text=True, check=False)
-        assert (refused.returncode, refused.stderr.startswith(f"fewstep: {message}")) == (2, True)
+        refused = CliRunner().invoke(app, [*asked, "--steps", wrong])
+        assert (refused.exit_code, refused.stderr.startswith(f"fewstep: {message}")) == (2, True)
     with pytest.raises(CheckpointError, match=r"guidance: 3; that of this student is fixed at 1"):
         evaluate(path, guidance=3.0)

@@ -1,15 +1,16 @@
-"""Training: recipes, data, the exact resume, and a few-step student of digits that beats its teacher's few steps."""
+"""Training: recipes, data, the exact resume, what stops a run."""
 
 import csv
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from fewstep.training import (
 from fewstep.training.distillation import posterior
 from fewstep.training.evaluate import frechet
 from fewstep.training.recipe import recipe_from
+from fewstep.training.run import start_method
 
 TINY = """
 name = "tiny"
@@ -47,11 +49,9 @@ name = "tiny"
 source = "digits"
 sigma_data = 0.75
 [network]
+kind = "transformer"  # the fewest operations a step
 channels = 8
 blocks = 1
-patch = 1
-fine_channels = 8
-attention = false
 [teacher]
 images = 2_400
 batch = 16
@@ -72,73 +72,27 @@ def _one_thread() -> Iterator[None]:
     assert torch.tensor(1e-40) * 0.5 != 0  # small numbers are what they were before
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the digits recipe, shortened, and evaluated at four steps only."""
-    recipe = load_recipe("digits")
-    short = dataclasses.replace(
-        recipe,
-        teacher=dataclasses.replace(recipe.teacher, images=38_400),
-        evaluation=dataclasses.replace(
-            recipe.evaluation, samples=500, step_counts=(4,), noise_seeds=1, classifier_images=20_000
-        ),
-    )
-    out = tmp_path_factory.mktemp("digits")
-    train(short, out, quiet=True)
-    return out
-
-
 def losses(path: Path) -> list[list[str]]:
     """The rows of a log without the one column that tells the time."""
     with path.open(newline="") as file:
         return [row[:-1] for row in csv.reader(file)]
 
 
-def test_the_teacher_learns(digits: Path) -> None:
-    rows = losses(digits / "teacher" / "log.csv")[1:]
-    assert float(rows[-1][2]) < 0.6 * float(rows[0][2])
-
-
-def test_four_student_steps_beat_four_teacher_steps(digits: Path) -> None:
-    """Moment matching brings the teacher's quality into the student's few steps."""
-    arms = json.loads((digits / "metrics.json").read_text())["arms"]
-    assert arms["student ancestral 4"]["fd"] < 0.7 * arms["teacher ancestral 4"]["fd"]
-    assert arms["student ancestral 4"]["accuracy"] > 0.9
-
-
-def test_a_student_carries_what_export_needs(digits: Path) -> None:
-    student = load_checkpoint(digits / "student.safetensors")
-    assert student.sample_shape == (1, 8, 8)
-    assert student.class_names == tuple("0123456789")
-    assert student.sigmas == pytest.approx(karras(4, 0.25, 20.0).sigma[:-1])
-    assert (student.kind, student.guidance, student.images, student.licence) == ("student", 0.0, 9_600, "CC BY 4.0")
-    assert student.recipe.hash == json.loads((digits / "metrics.json").read_text())["recipe_hash"]
-
-
-def test_a_finished_run_is_not_run_again(digits: Path) -> None:
-    before = (digits / "student.safetensors").stat().st_mtime_ns
-    train(load_checkpoint(digits / "student.safetensors").recipe, digits, until="student", quiet=True)
-    assert (digits / "student.safetensors").stat().st_mtime_ns == before
-
-
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """SIGKILL in the middle of the teacher and of the student changes no loss and no weight."""
-    recipe = recipe_file(tmp_path, TINY)
-    script = (
-        "import sys; from fewstep.training import load_recipe, train\n"
-        "train(load_recipe(sys.argv[1]), sys.argv[2], until='student', quiet=True)"
-    )
+    recipe, asked = load_recipe(recipe_file(tmp_path, TINY)), {"until": "student", "quiet": True}
     for stage in ("teacher", "student"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, recipe, tmp_path / "killed"], env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        context = multiprocessing.get_context(start_method())
+        process = context.Process(target=train, args=(recipe, tmp_path / "killed"), kwargs=asked)  # type: ignore[attr-defined]
+        process.start()
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)  # on a busy machine it could end before it is looked at again
         wait_for(tmp_path / "killed" / stage / "state.safetensors", process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (tmp_path / "killed" / f"{stage}.safetensors").exists()
-    train(load_recipe(recipe), tmp_path / "killed", until="student", quiet=True)
-    train(load_recipe(recipe), tmp_path / "whole", until="student", quiet=True)
+    train(recipe, tmp_path / "killed", until="student", quiet=True)
+    train(recipe, tmp_path / "whole", until="student", quiet=True)
     for stage in ("teacher", "student"):
         assert losses(tmp_path / "killed" / stage / "log.csv") == losses(tmp_path / "whole" / stage / "log.csv")
     killed, whole = (load_checkpoint(tmp_path / run / "student.safetensors") for run in ("killed", "whole"))
@@ -146,10 +100,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(tensor, killed.network.state_dict()[name]), name
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+def wait_for(path: Path, process: BaseProcess) -> None:
+    deadline = time.monotonic() + 240
     while not path.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -161,7 +115,8 @@ def recipe_file(folder: Path, text: str) -> Path:
 
 
 def tiny(**teacher: Any) -> Recipe:
-    recipe = recipe_from({"name": "tiny", "data": {"source": "digits"}, "network": {"channels": 8, "patch": 1}})
+    network = {"channels": 8, "blocks": 1, "attention": False}
+    recipe = recipe_from({"name": "tiny", "data": {"source": "digits"}, "network": network})
     return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, images=800, batch=16, **teacher))
 
 

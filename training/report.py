@@ -81,26 +81,7 @@ Sampler = Callable[[int, Tensor], Tensor]  # (seed, labels [N]) -> samples [N, C
 
 def evaluate(
     source: str | Path,
-    *,
-    data: str | Path | None = None,
-    classifier: Path | None = None,
-    solver: str | None = None,
-    num_steps: int | None = None,
-    guidance: float | None = None,
-    precision: str = "float32",
-    samples: int = 1_000,
-    seeds: int = 3,
-) -> Report:
-    """Judge the samples of a checkpoint (a ``.safetensors`` file) or of a bundle; see `evaluate_steps`."""
-    return evaluate_steps(
-        source, (num_steps,), data=data, classifier=classifier, solver=solver, guidance=guidance, precision=precision,
-        samples=samples, seeds=seeds,
-    )[0]  # fmt: skip
-
-
-def evaluate_steps(
-    source: str | Path,
-    counts: Sequence[int | None],
+    counts: Sequence[int | None] = (None,),
     *,
     data: str | Path | None = None,
     classifier: Path | None = None,
@@ -110,7 +91,7 @@ def evaluate_steps(
     samples: int = 1_000,
     seeds: int = 3,
 ) -> list[Report]:
-    """Judge the samples of a checkpoint (a ``.safetensors`` file) or of a bundle, with several numbers of steps.
+    """Judge the samples of a checkpoint (a ``.safetensors`` file) or of a bundle, with one or several numbers of steps.
 
     Args:
         source: the file or folder.
@@ -130,9 +111,7 @@ def evaluate_steps(
         ValueError: there is no such table.
     """
     path = Path(source)
-    tables: list[
-        tuple[Tableau, Sampler, Sampler | None]
-    ] = []  # a table, its samples, the teacher's from the same noise
+    tables: list[tuple[Tableau, Sampler, Sampler | None]] = []  # the last: the teacher's samples from the same noise
     if path.is_file():
         if precision != "float32":
             raise CheckpointError(f"precision: a checkpoint is judged in float32, not {precision!r}; export it first")

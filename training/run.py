@@ -15,6 +15,7 @@ losses stay in float32.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterable
@@ -29,7 +30,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 
 from ..runtime.schedules import karras
 from ..runtime.solvers import SOLVERS
@@ -98,9 +99,10 @@ def train(
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         try:
-            spawn(  # type: ignore[no-untyped-call]
-                _process, args=(processes, port, recipe, out, data, precision, until, quiet), nprocs=processes
-            )
+            start_processes(
+                _process, (processes, port, recipe, out, data, precision, until, quiet), processes,
+                start_method=start_method(),
+            )  # type: ignore[no-untyped-call]  # fmt: skip
         except ProcessRaisedException as error:
             for kind in (TrainingError, WriteError):
                 _, found, message = str(error).rpartition(f"{kind.__name__}: ")
@@ -108,6 +110,17 @@ def train(
                     raise kind(message.strip()) from None
             raise
     return out / "student.safetensors"
+
+
+def start_method() -> str:
+    """How processes are started: on a CPU from one that imports PyTorch once for all, now and later.
+
+    What is forked cannot use CUDA if the import has touched the driver, so there each imports for itself.
+    """
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.set_forkserver_preload([__name__])
+    return "forkserver"
 
 
 def read_data(recipe: Recipe, data: str | Path | None) -> Images:
