@@ -150,6 +150,7 @@ class _Side:
                 np.add.at(self.weights[i], firsts[chosen] + picked, 1)
         units = len(rounds) if len(rounds) > 1 else max(2, per_round[0] // _BLOCK)
         self.widening = math.sqrt(units / (units - 1))  # a bootstrap of few units is too narrow by this
+        self._known: dict[tuple[str, ...], tuple[Array, Array]] = {}
         self._counts = [
             {kind: counts_of(decode(text)) for kind, text in one["histograms"].items()} for one in self.slices
         ]
@@ -166,27 +167,34 @@ class _Side:
 
     def latency(self, kinds: Sequence[str], quantile: float | None) -> tuple[float, Array]:
         """A quantile over the slices' histograms, or their mean."""
-        counted = [_merged([one[kind] for kind in kinds]) for one in self._counts]
-        values = np.array(sorted({value for one in counted for value in one}), float)
+        values, counts = self._counted(tuple(kinds))
         if not len(values):
             return 0.0, np.zeros(RESAMPLES)
-        place = {value: i for i, value in enumerate(values.tolist())}
-        counts = np.zeros((len(counted), len(values)))
-        for row, one in zip(counts, counted, strict=True):
-            for value, count in one.items():
-                row[place[float(value)]] = count
-        both = np.concatenate([np.ones((1, len(counted))), self.weights]) @ counts
+        weights = np.concatenate([np.ones((1, len(counts))), self.weights])
         if quantile is None:
             with np.errstate(divide="ignore", invalid="ignore"):
-                sample = (both @ values) / both.sum(axis=1)
+                sample = (weights @ (counts @ values)) / (weights @ counts.sum(axis=1))
         else:
-            reached = np.cumsum(both, axis=1)
+            reached = weights @ counts.cumsum(axis=1)
             # The rank is drawn too: twenty slices resampled say too little of a 99th percentile of some thousand.
             total = float(reached[0, -1])
-            ranks = self._rng.beta(quantile * total + 1e-9, (1 - quantile) * total + 1e-9, len(both))
+            ranks = self._rng.beta(quantile * total + 1e-9, (1 - quantile) * total + 1e-9, len(weights))
             ranks[0] = quantile
             sample = values[(reached < ranks[:, None] * reached[:, -1:]).sum(axis=1).clip(max=len(values) - 1)]
         return float(sample[0]) / 1000, sample[1:] / 1000
+
+    def _counted(self, kinds: tuple[str, ...]) -> tuple[Array, Array]:
+        """Latencies of requests of these kinds, ascending, and how often each slice had them: ``[slices, values]``."""
+        if kinds not in self._known:
+            counted = [_merged([one[kind] for kind in kinds]) for one in self._counts]
+            values = sorted({value for one in counted for value in one})
+            place = {value: i for i, value in enumerate(values)}
+            counts = np.zeros((len(counted), len(values)))
+            for row, one in zip(counts, counted, strict=True):
+                for value, count in one.items():
+                    row[place[value]] = count
+            self._known[kinds] = np.array(values, float), counts
+        return self._known[kinds]
 
 
 def _merged(parts: Sequence[Sequence[tuple[int, int]]]) -> dict[int, int]:

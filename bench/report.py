@@ -97,7 +97,8 @@ def round_of(
     def summary(chosen: NDArray[np.bool_]) -> dict[str, Any]:
         counted, finished = chosen & in_window, chosen & is_ok & (done_slice >= 0) & (done_slice < SLICES)
         errors = {name: int((counted & (records.error == i)).sum()) for i, name in enumerate(records.errors)}
-        latencies = histogram(latency_ms[counted & is_ok])
+        answered_ms = latency_ms[counted & is_ok]
+        latencies = histogram(answered_ms)
         with_target = counted & ~np.isnan(targets)
         made = {
             "requests": int(counted.sum()),
@@ -106,7 +107,7 @@ def round_of(
             "requests_per_s": float(finished.sum() / seconds),
             "images_per_s": float(images[finished].sum() / seconds),
             "sample_steps_per_s": float((images * steps)[finished].sum() / seconds),
-            "latency_ms": _percentiles(latencies),
+            "latency_ms": _percentiles(answered_ms, latencies),
             "histogram": latencies.encode().decode(),
         }
         if with_target.any():
@@ -189,12 +190,12 @@ def _differences(values: Sequence[float | None]) -> list[float | None]:
     return [after - before for before, after in pairwise(known)]
 
 
-def _percentiles(made: HdrHistogram) -> dict[str, float | None]:
-    if not made.get_total_count():
+def _percentiles(values_ms: NDArray[np.float64], made: HdrHistogram) -> dict[str, float | None]:
+    if not len(values_ms):
         return {"mean": None, **{f"p{p:g}": None for p in PERCENTILES}, "max": None}
-    found: dict[str, float | None] = {"mean": made.get_mean_value() / 1000}
-    for percentile in PERCENTILES:
-        found[f"p{percentile:g}"] = made.get_value_at_percentile(percentile) / 1000
+    found: dict[str, float | None] = {"mean": float(values_ms.mean())}
+    for percentile, value_us in made.get_percentile_to_value_dict(PERCENTILES).items():
+        found[f"p{percentile:g}"] = value_us / 1000
     found["max"] = made.get_max_value() / 1000
     return found
 
