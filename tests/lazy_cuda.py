@@ -211,8 +211,9 @@ class Array:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         assert isinstance(value, Array), "an array of numpy into one of the device"
-        target, source = self.memory[key], value.memory
-        now().ask(lambda: np.copyto(target, source))
+        index = np.array(key) if isinstance(key, list) else key
+        target, source = self.memory, value.memory
+        now().ask(lambda: target.__setitem__(index, source))
 
     def copy(self) -> "Array":
         source, made = self.memory, np.full_like(self.memory, 77)
