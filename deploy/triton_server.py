@@ -288,6 +288,7 @@ def running(
     http, grpc = free_ports(2)
     ports = [f"--http-port={http}", f"--grpc-port={grpc}", "--allow-metrics=false"]
     ports.append("--model-load-thread-count=1")  # nine loaded at once were seen not to come up, once
+    ports.append("--exit-timeout-secs=3")  # a request whose client left may never end
     local = ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1"]
     command = environment.command(repository, [*ports, *local, *arguments])
     with log.open("w") as file:
@@ -309,11 +310,11 @@ def running(
         yield f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its stubs are of its session
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and its stubs, which are of its session
+        process.wait()
 
 
 def free_ports(number: int) -> list[int]:
