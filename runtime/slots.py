@@ -1,7 +1,7 @@
 """Slots: the places of the latent pool, and everything a running row carries.
 
 Running rows are the first ``len(slots)`` rows of every array, without gaps: rows that leave are replaced
-by the last ones. So each tick works on plain prefixes, ``slots.x[:n]``, and allocates nothing.
+by the last ones. So each step works on plain prefixes, ``slots.x[:n]``, and allocates nothing.
 """
 
 from collections.abc import Sequence
