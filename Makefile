@@ -23,9 +23,8 @@ demo: $(VENV)/.serving
 serve: $(VENV)/.serving
 	@$(VENV)/bin/fewstep demo --output demo.png --port 8000 --stay $(ARGS)
 
-# More processes than CI has cores: a third of the time is waiting, for servers and for clocks.
 test: lint
-	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 proofs: $(VENV)/.everything
 	PROOF_SCALE=1 PROOF_RESULTS=docs/results/proofs.json $(VENV)/bin/python -m pytest tests/test_proofs.py $(ARGS)

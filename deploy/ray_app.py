@@ -15,6 +15,7 @@ asked for the longest ago when it has ``students`` of them: no request is under 
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -168,6 +169,8 @@ def start(application: serve.Application, host: str, port: int, resources: Seque
         port: of the proxy.
         resources: further arguments of ``ray.init``.
     """
+    # Ray kills a proxy that is not up after 5 s, which a busy machine can take, and with it the wait for the first.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     ray.init(logging_level=logging.WARNING, log_to_driver=False, ignore_reinit_error=True, **dict(resources))
     serve.start(http_options={"host": host, "port": port})
     serve.run(application, name=NAME)
