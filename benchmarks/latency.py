@@ -4,7 +4,8 @@
 
 ``added``: one client, one image of four steps at a time, in the process, over OpenAI's HTTP, the Open Inference
 Protocol and gRPC, taking turns; what is added is the difference of medians within a round. The network runs on one
-thread everywhere, and the answer is encoded in the last three only, which is part of what they add.
+thread everywhere, and the answer is encoded in the last three only, which is part of what they add. ``empty_ms`` is a
+call that only asks whether the server lives: the connection and the wake-ups of both processes on this machine.
 
 ``ceiling``: a mix of 1, 4 and 16 steps on the **simulated** accelerator (40 + n ms a call, 32 rows) in a closed loop
 with 128 clients, over the images a second that full calls would give; and the one-step requests' latency in an open
@@ -12,6 +13,7 @@ loop at half of that ceiling.
 """
 
 import argparse
+import asyncio
 import json
 import re
 import shutil
@@ -19,12 +21,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.bench.http_client import HttpClient
 from fewstep.bench.report import Round, machine
 from fewstep.bench.run import address_of, bench
 from fewstep.bench.workload import Kind, workload
@@ -59,12 +63,13 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def added(rounds: int, seconds: float) -> dict[str, Any]:
+def added(rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Median latency by protocol, and what it is above the call in the process, in milliseconds."""
     bundle = Bundle.load()
     load = workload(clients=1, seconds=seconds)
     load = replace(load, kinds=(Kind("steps=4", 1.0, {"steps": 4, "prompt": "Sneaker"}),))
     medians: dict[str, list[float]] = {}
+    empty: dict[str, list[float]] = {}
     with served(bundle.path, "--threads", "1", grpc=True) as (url, grpc_url):
         addresses = {
             "in-process": address_of(bundle.name, "in-process", threads=1),
@@ -75,13 +80,38 @@ def added(rounds: int, seconds: float) -> dict[str, Any]:
         for _ in range(rounds):
             for name, address in addresses.items():
                 medians.setdefault(name, []).append(p(bench(address, load, is_quiet=True), "steps=4", "p50"))
-    return {
-        name: {
-            "p50_ms": statistics.median(each),
-            "added_ms": statistics.median(a - b for a, b in zip(each, medians["in-process"], strict=True)),
+            for name, taken_ms in asyncio.run(empty_calls(url, grpc_url)).items():
+                empty.setdefault(name, []).append(taken_ms)
+    result: dict[str, dict[str, Any]] = {}
+    for name, each in medians.items():
+        over = [a - b for a, b in zip(each, medians["in-process"], strict=True)]
+        result[name] = {"p50_ms": statistics.median(each), "added_ms": statistics.median(over), "rounds_ms": over}
+        if name in empty:
+            result[name]["empty_ms"] = statistics.median(empty[name])
+    return result
+
+
+async def empty_calls(url: str, grpc_url: str, num: int = 100) -> dict[str, float]:
+    """Medians of a call without work, with the pauses that a network of 15 ms makes; in milliseconds."""
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    client = HttpClient(url, {}, None)
+    async with grpc.aio.insecure_channel(grpc_url.removeprefix("grpc://")) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        calls: dict[str, Callable[[], Awaitable[Any]]] = {
+            "http": lambda: client.request("GET", "/v2/health/live"),
+            "grpc": lambda: stub.ServerLive(service_pb2.ServerLiveRequest()),
         }
-        for name, each in medians.items()
-    }
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(num):
+            for name, call in calls.items():
+                await asyncio.sleep(0.015)
+                start_s = time.perf_counter()
+                await call()
+                taken[name].append(1000 * (time.perf_counter() - start_s))
+    client.close()
+    return {name: statistics.median(each) for name, each in taken.items()}
 
 
 def ceiling(simulate: str, seconds: float) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from ..runtime import Engine
 from .bodies import answer_nobody, read_body
 from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
 from .generation import ClientGone
-from .images import generate_images, start_job
+from .images import IMAGES, generate_images, start_job
 from .kserve import add_routes
 from .metrics import registry_of
-from .openapi import IMAGES, document_of
+from .openapi import document_of
 from .service import Service
 from .tables import describe_table, load_table, unload_table
 

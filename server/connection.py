@@ -1,9 +1,9 @@
-"""The connection: uvicorn's, with a short way for the route that carries the load.
+"""The connection: uvicorn's, with a short way for the doors that carry the load.
 
-An image request that is there body and all, and whose answer is one piece, needs none of what ASGI is for: no task, no
-messages, no event for a client that leaves. It is read, admitted and put in line here, and its answer is one write.
+A generation request that is there body and all, and whose answer is one piece, needs none of what ASGI is for: no task,
+no messages, no event for a client that leaves. It is read, admitted and put in line here, and its answer is one write.
 All else goes through the application: other routes, streams, packed or slow bodies, servers that trace or let other
-origins in. Both ways share `images.parse`, `images.start` and the `Gate`, so they differ in nothing that a client sees.
+origins in. Both ways share a door's ``begin`` and the `Gate`, so they differ in nothing that a client sees.
 """
 
 import asyncio
@@ -13,18 +13,17 @@ from typing import Any
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from . import images, kserve
 from .errors import ApiError, crashed
 from .gate import Gate, Visit
-from .images import in_openai_words, parse, start
+from .generation import Door
 from .keys import CALLER
-from .openapi import IMAGES
 from .service import Service
 
+_DOORS = (images.DOOR, kserve.DOOR)
 _LARGE = 65536  # bytes of a body from which on uvicorn wants the application to read it piece by piece
 
 log = logging.getLogger("fewstep")
-
-Headers = list[tuple[bytes, bytes]]
 
 
 class Connection(HttpToolsProtocol):
@@ -32,8 +31,8 @@ class Connection(HttpToolsProtocol):
 
     service: Service
     gate: Gate
-    _arriving: tuple[RequestResponseCycle, Any] | None = None  # what may go the short way once its body is there
-    _work: "asyncio.Future[bytes] | None" = None  # what is being made on the short way
+    _arriving: tuple[RequestResponseCycle, Any, Door] | None = None  # what may go the short way once its body is there
+    _work: "asyncio.Future[Response] | None" = None  # what is being made on the short way
     _last: tuple[RequestResponseCycle | None, float] | None = None  # request that was over at some look, and when
 
     def look_after(self, now_s: float) -> None:
@@ -61,10 +60,11 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         scope = cycle.scope
-        if scope["path"] != IMAGES or scope["method"] != "POST" or self.service.traces or self._is_unusual(cycle):
+        door = next((door for door in _DOORS if door.path.fullmatch(scope["path"])), None)
+        if door is None or scope["method"] != "POST" or self.service.traces or self._is_unusual(cycle):
             super()._start_asgi_task(cycle, app)
             return
-        self._arriving = cycle, app
+        self._arriving = cycle, app, door
         if not cycle.more_body:  # it was pipelined, and all there
             self._take_short_way()
 
@@ -84,36 +84,33 @@ class Connection(HttpToolsProtocol):
     def _take_long_way(self) -> None:
         assert self._arriving is not None
         arriving, self._arriving = self._arriving, None
-        super()._start_asgi_task(*arriving)
+        super()._start_asgi_task(*arriving[:2])
 
     def _take_short_way(self) -> None:
         assert self._arriving is not None
-        cycle, _ = self._arriving
+        cycle, _, door = self._arriving
         scope: Any = cycle.scope
-        body = bytes(cycle.body)
         visit = self.gate.visit(scope)
         try:
             self.gate.admit(visit, scope)
-            asked = parse(body)
-            if asked.stream:
-                self._take_long_way()
-                return
             before = CALLER.set(visit.caller)
             try:
-                work = start(self.service, asked, visit.start_s).body
+                work = door.begin(self.service, scope, bytes(cycle.body), visit.start_s)
             finally:
                 CALLER.reset(before)
-        except ApiError as error:
-            self._leave(cycle, visit, in_openai_words(error).response())
         except Exception as error:
-            self._leave(cycle, visit, _crash(error))
-        else:
             self._arriving = None
-            self._work = work
-            self.tasks.add(work)  # type: ignore[arg-type]  # what uvicorn waits for, and cancels, when it stops
-            work.add_done_callback(lambda work: self._finish(cycle, visit, work))
+            self._write(cycle, visit, _refusal(door, visit, error))
+            return
+        if work is None:
+            self._take_long_way()
+            return
+        self._arriving = None
+        self._work = work
+        self.tasks.add(work)  # type: ignore[arg-type]  # what uvicorn waits for, and cancels, when it stops
+        work.add_done_callback(lambda work: self._finish(cycle, visit, door, work))
 
-    def _finish(self, cycle: RequestResponseCycle, visit: Visit, work: "asyncio.Future[bytes]") -> None:
+    def _finish(self, cycle: RequestResponseCycle, visit: Visit, door: Door, work: "asyncio.Future[Response]") -> None:
         self._work = None
         self.tasks.discard(work)
         if work.cancelled():  # the client left, or the server stops
@@ -121,33 +118,22 @@ class Connection(HttpToolsProtocol):
             self.gate.leave(visit, 499)
             return
         error = work.exception()
-        if error is None:
-            body = work.result()
-            headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
-            self._write(cycle, visit, 200, headers, body)
-        elif isinstance(error, ApiError):
-            self._leave(cycle, visit, in_openai_words(error).response())
-        else:
-            self._leave(cycle, visit, _crash(error))
+        self._write(cycle, visit, _refusal(door, visit, error) if error else work.result())
 
-    def _leave(self, cycle: RequestResponseCycle, visit: Visit, response: Response) -> None:
-        self._arriving = None
-        self._write(cycle, visit, response.status_code, response.raw_headers, bytes(response.body))
-
-    def _write(self, cycle: RequestResponseCycle, visit: Visit, status: int, headers: Headers, body: bytes) -> None:
+    def _write(self, cycle: RequestResponseCycle, visit: Visit, response: Response) -> None:
         if not cycle.disconnected:
-            lines = [STATUS_LINE[status]]
-            for name, value in (*self.server_state.default_headers, *headers, visit.header):
+            lines = [STATUS_LINE[response.status_code]]
+            for name, value in (*self.server_state.default_headers, *response.raw_headers, visit.header):
                 lines += (name, b": ", value, b"\r\n")
             if not cycle.keep_alive:
                 lines.append(b"connection: close\r\n")
-            lines += (b"\r\n", body)
+            lines += (b"\r\n", bytes(response.body))
             self.transport.write(b"".join(lines))
             cycle.response_started = cycle.response_complete = True
             if not cycle.keep_alive:
                 self.transport.close()
             cycle.on_response()
-        self.gate.leave(visit, status)
+        self.gate.leave(visit, response.status_code)
 
     def _is_unusual(self, cycle: RequestResponseCycle) -> bool:
         headers = dict(cycle.scope["headers"])
@@ -158,9 +144,11 @@ class Connection(HttpToolsProtocol):
         )
 
 
-def _crash(error: BaseException) -> Response:
-    log.error("%s: an error that was not foreseen", IMAGES, exc_info=error)
-    return crashed().response()
+def _refusal(door: Door, visit: Visit, error: BaseException) -> Response:
+    if not isinstance(error, ApiError):
+        log.error("%s: an error that was not foreseen", visit.what, exc_info=error)
+        error = crashed()
+    return door.refusal(error)
 
 
 def connection_to(service: Service) -> type[Connection]:

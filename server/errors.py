@@ -106,6 +106,6 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
     return ApiError(status, messages.get(status, "the request failed")).response(is_plain)
 
 
-async def answer_crash(_: Request, __: Exception) -> JSONResponse:
+async def answer_crash(request: Request, _: Exception) -> JSONResponse:
     """Whatever was not foreseen; uvicorn logs the traceback."""
-    return crashed().response()
+    return crashed().response(is_plain=request.url.path.startswith("/v2"))

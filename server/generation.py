@@ -10,15 +10,17 @@ Cancelling the coroutine, or closing the iterator, cancels the requests within o
 """
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import TypeVar
 
-from starlette.types import Receive
+from starlette.responses import Response
+from starlette.types import Receive, Scope
 
 from ..runtime import (
     DeadlineExpired,
@@ -36,6 +38,23 @@ from .keys import ANYBODY, CALLER
 from .service import Service
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A protocol's HTTP route whose answers are one piece; the application has it, and so has `Connection`.
+
+    Attributes:
+        path: the route's.
+        begin: puts in line what a request asks for, for the current caller; takes its scope, body and time of arrival.
+            Gives the answer to come, which fails with `ApiError`, and which cancelling gives up; None where the answer
+            is a stream. Raises `ApiError` where it is refused; nothing of it was kept then.
+        refusal: an error as an answer.
+    """
+
+    path: re.Pattern[str]
+    begin: "Callable[[Service, Scope, bytes, float], asyncio.Future[Response] | None]"
+    refusal: Callable[[ApiError], Response]
 
 
 class ClientGone(Exception):

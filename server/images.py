@@ -7,12 +7,13 @@ knows is refused by name, since a misspelt ``seed`` would otherwise be silently 
 import base64
 import difflib
 import json
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -25,10 +26,16 @@ from ..runtime.call import deadline_after, refuse_too_many, request_of, some_see
 from ..runtime.pictures import ImageFormat, encode
 from .bodies import EventStream, read_body
 from .errors import ApiError, refusals
-from .generation import engine_of, evenly, follow, image_limit, outcome, submit, unless_gone
+from .generation import Door, engine_of, evenly, follow, image_limit, outcome, submit, unless_gone
 from .jobs import Started
 from .service import Service
 
+if TYPE_CHECKING:
+    import asyncio
+
+    from starlette.types import Scope
+
+IMAGES = "/v1/images/generations"
 _NAMES = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
 
 
@@ -113,8 +120,7 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
     asked = parse(await read_body(http, service.settings))
     try:
         if not asked.stream:
-            work = start(service, asked, arrived_s).body
-            return Response(await unless_gone(http.receive, work), media_type="application/json")
+            return await unless_gone(http.receive, start(service, asked, arrived_s).answer)
         engine = engine_of(service, asked.model)
         images = follow(service, engine, _requests(service, engine, asked), evenly(asked.partial_images or 0))
         return EventStream(_events(service, engine, asked, images))
@@ -137,6 +143,14 @@ def start(service: Service, asked: ImageRequest, arrived_s: float) -> Started:
 def in_openai_words(error: ApiError) -> ApiError:
     """An error with this protocol's names of the fields."""
     return error.renamed(_NAMES)
+
+
+def _begin(service: Service, _: "Scope", body: bytes, arrived_s: float) -> "asyncio.Future[Response] | None":
+    asked = parse(body)
+    return None if asked.stream else start(service, asked, arrived_s).answer
+
+
+DOOR = Door(re.compile(IMAGES), _begin, lambda error: in_openai_words(error).response())
 
 
 async def start_job(http: HttpRequest, service: Service, name: str | None) -> Response:
@@ -197,7 +211,7 @@ def _requests(service: Service, engine: Engine, asked: ImageRequest) -> list[Req
     return [first, *(replace(first, seed=(seed + i) % 2**64) for i in range(1, asked.n))]
 
 
-def _answer(engine: Engine, asked: ImageRequest, arrived_s: float, samples: list[Sample]) -> bytes:
+def _answer(engine: Engine, asked: ImageRequest, arrived_s: float, samples: list[Sample]) -> Response:
     start_s = time.perf_counter()
     image_format = asked.output_format or "png"
     images = [base64.b64encode(encode(sample.to_uint8(), image_format)).decode("ascii") for sample in samples]
@@ -223,7 +237,7 @@ def _answer(engine: Engine, asked: ImageRequest, arrived_s: float, samples: list
             "total_ms": round((now_s - arrived_s) * 1000, 3),
         },
     }
-    return to_json(answer)
+    return Response(to_json(answer), media_type="application/json")
 
 
 async def _events(

@@ -21,6 +21,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from starlette.responses import Response
+
 from ..runtime import Engine, Sample
 from .errors import ApiError
 from .keys import CALLER
@@ -34,7 +36,7 @@ class Started(NamedTuple):
 
     engine: Engine
     futures: list[Future[Sample]]
-    body: "asyncio.Future[bytes]"  # of the answer; it fails with `ApiError`, and cancelling it cancels the work
+    answer: "asyncio.Future[Response]"  # it fails with `ApiError`, and cancelling it cancels the work
 
 
 @dataclass(slots=True)
@@ -46,17 +48,17 @@ class Job:
     asked_sha256: str
     engine: Engine
     futures: list[Future[Sample]]
-    body: "asyncio.Future[bytes]"  # of the image route's answer
+    answer: "asyncio.Future[Response]"  # of the image route
     created_s: float = field(default_factory=time.time)
     ended_s: float | None = None
 
     @property
     def status(self) -> str:
         """``queued``, ``running``, ``completed``, ``failed`` or ``cancelled``."""
-        if self.body.done():
-            if self.body.cancelled():
+        if self.answer.done():
+            if self.answer.cancelled():
                 return "cancelled"
-            return "failed" if self.body.exception() else "completed"
+            return "failed" if self.answer.exception() else "completed"
         return "queued" if self.place is not None else "running"
 
     @property
@@ -78,9 +80,9 @@ class Job:
             "poll_url": f"/v1/jobs/{self.id}",
         }
         if is_whole and status == "completed":
-            said["result"] = json.loads(self.body.result())
+            said["result"] = json.loads(bytes(self.answer.result().body))
         elif is_whole and status == "failed":
-            error = self.body.exception()
+            error = self.answer.exception()
             known = error if isinstance(error, ApiError) else ApiError(500, "the job failed; the log says why")
             said |= known.body()
         return said
@@ -154,9 +156,9 @@ class Jobs:
             ApiError: there is none, or it is over.
         """
         job = self.find(name)
-        if job.body.done():
+        if job.answer.done():
             raise ApiError(409, f"id: the job {job.status} already", param="id", code="job_over")
-        job.body.cancel()
+        job.answer.cancel()
         return job
 
     def _forget_old(self) -> None:
@@ -177,5 +179,5 @@ class Jobs:
 
 def _end(job: Job) -> None:
     job.ended_s = time.time()
-    if not job.body.cancelled():
-        job.body.exception()  # it is told to whoever asks; nobody else waits for it
+    if not job.answer.cancelled():
+        job.answer.exception()  # it is told to whoever asks; nobody else waits for it

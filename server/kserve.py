@@ -7,8 +7,10 @@
 Bodies are read raw: stock clients send binary tensors without a Content-Type. Every error is ``{"error": "one line"}``.
 """
 
+import asyncio
 import base64
 import json
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -18,11 +20,13 @@ import numpy as np
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from ..runtime import Engine, Preview, Request, Sample
 from .bodies import EventStream, packed, read_body
 from .errors import ApiError
-from .generation import engine_of, follow, make, unless_gone
+from .generation import Door, engine_of, follow, outcome, submit, unless_gone
 from .inference import (
     DEFAULT_OUTPUTS,
     INPUTS,
@@ -43,7 +47,9 @@ from .inference import (
 from .service import Service
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/(infer|generate)\Z")
 _Json = dict[str, Any]
+_Answer = Callable[[list[Sample]], Response]
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -54,7 +60,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             try:
                 return await answer(http)
             except ApiError as error:
-                return error.renamed(NAMES).response(is_plain=True)
+                return _refusal(error)
 
         app.add_route(path, door, methods=[method], include_in_schema=False)
 
@@ -80,17 +86,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def stats(http: HttpRequest) -> Response:
         return JSONResponse({"model_stats": [model_statistics(named(http))]})
 
-    async def infer(http: HttpRequest) -> Response:
+    async def through(http: HttpRequest) -> Response:
         body = await read_body(http, service.settings)
-        return await _infer(http, service, named(http), body)  # named last: until then a student may be loaded anew
-
-    async def generate(http: HttpRequest) -> Response:
-        body = await read_body(http, service.settings)
-        engine = named(http)
-        call_id, requests, _ = _asked(body, service, engine)
-        answer = partial(_generated, engine, call_id)
-        body = await unless_gone(http.receive, make(service, engine, requests, answer))
-        return Response(body, media_type="application/json")
+        return await unless_gone(http.receive, _begin(service, http.scope, body))
 
     async def generate_stream(http: HttpRequest) -> Response:
         body = await read_body(http, service.settings)
@@ -123,29 +121,39 @@ def add_routes(app: FastAPI, service: Service) -> None:
         add(f"{path}/ready", "GET", ready)
         add(f"{path}/config", "GET", config)
         add(f"{path}/stats", "GET", stats)
-        add(f"{path}/infer", "POST", infer)
-        add(f"{path}/generate", "POST", generate)
+        add(f"{path}/infer", "POST", through)
+        add(f"{path}/generate", "POST", through)
         add(f"{path}/generate_stream", "POST", generate_stream)
     add("/v2/repository/index", "POST", index)
     add("/v2/repository/models/{model}/load", "POST", load)
     add("/v2/repository/models/{model}/unload", "POST", unload)
 
 
+def _begin(service: Service, scope: Scope, body: bytes, _: float = 0.0) -> "asyncio.Future[Response]":
+    named = _PATH.search(scope["path"])
+    assert named is not None
+    engine = engine_of(service, named[1], named[2])  # now, when the body is there: it may have been loaded anew
+    understand = _infer if named[3] == "infer" else _generate
+    requests, answer = understand(service, engine, Headers(scope=scope), body)
+    return outcome(service, engine, submit(service, engine, requests), answer)
+
+
+def _refusal(error: ApiError) -> Response:
+    return error.renamed(NAMES).response(is_plain=True)
+
+
+DOOR = Door(_PATH, _begin, _refusal)
+
 # --- infer
 
 
-async def _infer(http: HttpRequest, service: Service, engine: Engine, body: bytes) -> Response:
-    asked, blobs = _split(body, http.headers.get(HEADER_LENGTH))
+def _infer(service: Service, engine: Engine, headers: Headers, body: bytes) -> tuple[list[Request], _Answer]:
+    asked, blobs = _split(body, headers.get(HEADER_LENGTH))
     parameters = _parameters_of(asked)
     tensors = _tensors(asked, blobs, service.settings.max_images)
     wanted = _wanted(asked, bool(parameters.get("binary_data_output", False)))
     requests, _ = requests_of(service, engine, tensors, parameters)
-    accepted = http.headers.get("accept-encoding", "")
-
-    def answer(samples: list[Sample]) -> Response:
-        return _inferred(engine, asked.get("id"), samples, wanted, accepted)
-
-    return await unless_gone(http.receive, make(service, engine, requests, answer))
+    return requests, partial(_inferred, engine, asked.get("id"), wanted, headers.get("accept-encoding", ""))
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[_Json, bytes]:
@@ -242,7 +250,7 @@ def _wanted(asked: _Json, is_binary: bool) -> dict[str, bool]:
 
 
 def _inferred(
-    engine: Engine, call_id: Any, samples: list[Sample], wanted: Mapping[str, bool], accepted: str
+    engine: Engine, call_id: Any, wanted: Mapping[str, bool], accepted: str, samples: list[Sample]
 ) -> Response:
     made = outputs_of(samples, [sample.request.seed for sample in samples], tuple(wanted))
     outputs, blobs = [], []
@@ -280,6 +288,11 @@ def _head(engine: Engine, call_id: Any) -> _Json:
 # --- generate
 
 
+def _generate(service: Service, engine: Engine, _: Headers, body: bytes) -> tuple[list[Request], _Answer]:
+    call_id, requests, _every = _asked(body, service, engine)
+    return requests, partial(_generated, engine, call_id)
+
+
 def _asked(body: bytes, service: Service, engine: Engine) -> tuple[Any, list[Request], int]:
     """A flat object: ``text_input`` or ``prompt``, and every other input or parameter by its name."""
     asked = _object(body)
@@ -293,12 +306,13 @@ def _asked(body: bytes, service: Service, engine: Engine) -> tuple[Any, list[Req
     return asked.get("id"), requests, every
 
 
-def _generated(engine: Engine, call_id: Any, samples: list[Sample]) -> bytes:
+def _generated(engine: Engine, call_id: Any, samples: list[Sample]) -> Response:
     """The pictures as base64 PNG, their seeds and steps; one is not in a list, as Triton has it."""
     made = outputs_of(samples, [sample.request.seed for sample in samples], ("PNG", "SEED", "STEPS"))
     values = {name: _plain(array) for name, array in made.items()}
     single = {name: value[0] if len(value) == 1 else value for name, value in values.items()}
-    return json.dumps({**_head(engine, call_id), **single}, separators=(",", ":")).encode()
+    body = json.dumps({**_head(engine, call_id), **single}, separators=(",", ":")).encode()
+    return Response(body, media_type="application/json")
 
 
 async def _events(

@@ -9,9 +9,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from ..runtime.call import INPUTS, OUTPUTS, PRIORITY_LEVELS
-from .images import ImageRequest, ImageResponse
+from .images import IMAGES, ImageRequest, ImageResponse
 
-IMAGES = "/v1/images/generations"
 _ANY: dict[str, Any] = {"type": "object"}
 _NUMBER = {"type": "integer", "minimum": 1}
 _DEADLINE = {"type": "number", "exclusiveMinimum": 0}

@@ -1,4 +1,4 @@
-"""Both ways of an image request, the short one and the application's, against a running server and by raw sockets."""
+"""Both ways of a request, the short one and the application's, against a running server and by raw sockets."""
 
 import gzip
 import http.client
@@ -8,9 +8,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -34,16 +35,16 @@ def address(
         yield where
 
 
-def request(body: Any, headers: dict[str, str] | None = None, version: str = "1.1") -> bytes:
+def request(body: Any, headers: dict[str, str] | None = None, version: str = "1.1", path: str = IMAGES) -> bytes:
     """A request as it is sent."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"POST {IMAGES} HTTP/{version}", "Host: fewstep", f"Content-Length: {len(data)}"]
+    lines = [f"POST {path} HTTP/{version}", "Host: fewstep", f"Content-Length: {len(data)}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     return "\r\n".join([*lines, "", ""]).encode() + data
 
 
 def receive(sock: socket.socket) -> tuple[int, dict[str, str], Any]:
-    """The next answer on a connection, and no byte more: status, headers, JSON."""
+    """The next answer on a connection, and no byte more: status, headers, JSON or other content."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += sock.recv(1) or b"the connection ended\r\n\r\n"
@@ -52,7 +53,8 @@ def receive(sock: socket.socket) -> tuple[int, dict[str, str], Any]:
     content = b""
     while len(content) < int(headers["content-length"]):
         content += sock.recv(int(headers["content-length"]) - len(content))
-    return int(first.split()[1]), headers, json.loads(content)
+    is_json = headers["content-type"] == "application/json" and "content-encoding" not in headers
+    return int(first.split()[1]), headers, json.loads(content) if is_json else content
 
 
 def ask(address: Address, sent: bytes) -> tuple[int, dict[str, str], Any]:
@@ -94,6 +96,46 @@ def test_both_ways_answer_alike(address: Address, body: Any) -> None:
         if "error" in answer and "ms are not enough" in answer["error"]["message"]:
             answer["error"]["message"] = answer["error"]["message"].partition(":")[0]  # the rest is measured
         return status, set(names), answer
+
+    assert told({}) == told(LONG)
+
+
+SEED = {"name": "SEED", "datatype": "UINT64", "shape": [2, 1], "data": [7, 8]}
+PNG = {"name": "PNG", "parameters": {"binary_data": True}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("infer", {"id": "a", "inputs": [SEED]}, {}),
+        ("infer", {"inputs": [SEED], "outputs": [PNG, {"name": "STEPS"}]}, {}),
+        ("infer", {"inputs": [SEED], "parameters": {"binary_data_output": True}}, {"Accept-Encoding": "gzip"}),
+        ("infer", {"inputs": [SEED | {"data": [7]}]}, {}),
+        ("infer", {"inputs": [SEED | {"name": "SED"}]}, {}),
+        ("infer", {"parameters": {"seed": 7, "deadline_ms": 0.001}}, {}),
+        ("infer", b"{", {}),
+        ("infer", b"{}1234", {"Inference-Header-Content-Length": "2"}),
+        ("generate", {"text_input": "3", "seed": 7}, {}),
+        ("generate", {"text_input": "3", "steps": 77}, {}),
+        ("versions/1/generate", {"seed": 7}, {}),
+        ("versions/9/generate", {"seed": 7}, {}),
+    ],
+    ids=str,
+)
+def test_both_ways_answer_alike_in_the_open_inference_protocol(
+    address: Address, path: str, body: Any, headers: dict[str, str]
+) -> None:
+    with urlopen(f"http://{address[0]}:{address[1]}/v1/models") as models:
+        name = json.load(models)["data"][0]["id"]
+
+    def told(way: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        sent = request(body, {"X-Request-ID": "mine", **headers, **way}, path=f"/v2/models/{name}/{path}")
+        status, names, answer = ask(address, sent)
+        del names["date"]
+        if status == 429:
+            names.clear()
+            answer = answer["error"].partition(":")[0]  # the rest is measured
+        return status, names, answer
 
     assert told({}) == told(LONG)
 
@@ -197,6 +239,26 @@ def test_a_client_that_leaves_ends_its_work(serving: Serving, make_bundle: Calla
             assert cancelled(address) == 0
         time.sleep(0.7)  # a step takes 0.2 s, all eight 1.6
         assert cancelled(address) == 4
+
+
+def test_a_deadline_that_passes_after_all_is_504_and_nobody_asks_again(
+    serving: Serving, make_bundle: Callable[..., Path]
+) -> None:
+    """It was accepted, since it fitted then; a higher priority came."""
+    with serving(make_bundle(), "--no-grpc", "--simulate", "100+0", "--max-rows", "1") as (_, address):
+        for way in ({}, LONG):
+            with ExitStack() as stack:
+                running, late, bumping = (
+                    stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)
+                )
+                running.sendall(request({"prompt": "1", "num_inference_steps": 8}))
+                time.sleep(0.1)
+                late.sendall(request({"prompt": "1", "num_inference_steps": 8, "deadline_ms": 2000}, way))
+                time.sleep(0.1)
+                bumping.sendall(request({"prompt": "1", "num_inference_steps": 8, "priority": 50}))
+                status, told, answer = receive(late)
+                assert (status, told["x-should-retry"], answer["error"]["code"]) == (504, "false", "deadline_expired")
+                assert [receive(sock)[0] for sock in (running, bumping)] == [200, 200]
 
 
 def test_what_was_accepted_is_answered_when_the_server_stops(
