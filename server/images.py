@@ -4,6 +4,7 @@ Fields OpenAI has and we add nothing to (``quality``, ``user``, ...) are accepte
 knows is refused by name, since a misspelt ``seed`` would otherwise be silently random.
 """
 
+import asyncio
 import base64
 import difflib
 import json
@@ -13,13 +14,14 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
+from starlette.types import Scope
 
 from ..runtime import Engine, Preview, Request, Sample
 from ..runtime.call import deadline_after, refuse_too_many, request_of, some_seed
@@ -29,11 +31,6 @@ from .errors import ApiError, refusals
 from .generation import Door, engine_of, evenly, follow, image_limit, outcome, submit, unless_gone
 from .jobs import Started
 from .service import Service
-
-if TYPE_CHECKING:
-    import asyncio
-
-    from starlette.types import Scope
 
 IMAGES = "/v1/images/generations"
 _NAMES = {"num_steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -145,7 +142,7 @@ def in_openai_words(error: ApiError) -> ApiError:
     return error.renamed(_NAMES)
 
 
-def _begin(service: Service, _: "Scope", body: bytes, arrived_s: float) -> "asyncio.Future[Response] | None":
+def _begin(service: Service, _: Scope, body: bytes, arrived_s: float) -> "asyncio.Future[Response] | None":
     asked = parse(body)
     return None if asked.stream else start(service, asked, arrived_s).answer
 
