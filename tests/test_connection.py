@@ -253,9 +253,9 @@ def test_a_deadline_that_passes_after_all_is_504_and_nobody_asks_again(
                 )
                 running.sendall(request({"prompt": "1", "num_inference_steps": 8}))
                 time.sleep(0.1)
-                late.sendall(request({"prompt": "1", "num_inference_steps": 8, "deadline_ms": 2000}, way))
+                late.sendall(request({"prompt": "1", "num_inference_steps": 8, "deadline_ms": 2400}, way))
                 time.sleep(0.1)
-                bumping.sendall(request({"prompt": "1", "num_inference_steps": 8, "priority": 50}))
+                bumping.sendall(request({"prompt": "1", "num_inference_steps": 8, "priority": 50, "n": 2}))
                 status, told, answer = receive(late)
                 assert (status, told["x-should-retry"], answer["error"]["code"]) == (504, "false", "deadline_expired")
                 assert [receive(sock)[0] for sock in (running, bumping)] == [200, 200]
