@@ -539,7 +539,7 @@ def test_memory_stays_flat_over_many_requests(serving: Serving, make_bundle: Cal
 
 
 def test_ten_thousand_compositions_change_no_request() -> None:
-    """An embedded student and teacher: any of their tables, seeds, labels and guidance, joining at any step, in any batch.
+    """An embedded student and teacher: any tables, seeds, labels and guidance, joining at any step, in any batch.
 
     For every day sixty: `test_engine` has twelve hundred of small students.
     """
