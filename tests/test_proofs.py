@@ -482,7 +482,7 @@ def test_deadlines_choose_steps_through_bursts(serving: Serving, make_bundle: Ca
             first_s = (2 * i + j) * burst_s
             moments_s += [first_s + moment_s for moment_s in random_moments(load * rate, burst_s, rng)]
     moments_s.sort()
-    for _ in range(3):  # a machine that does other work for seconds keeps no promise: it may have three tries
+    for _ in range(1 if SCALE >= 1 else 3):  # one burst that falls into a busy second says nothing; the proof has ten
         figures: dict[str, Any] = {}
         flags = ("--simulate", "40+1", "--max-rows", str(ROWS), "--no-grpc")
         for name, asked in (("fixed", {"num_inference_steps": 8}), ("chosen", {"min_steps": 1, "max_steps": 8})):
