@@ -95,22 +95,33 @@ def without_sequences(address: str) -> Iterator[Relay]:
 
     async def relay(client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
         server, ask = await asyncio.open_connection(host, int(port))
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head, body = await _message(client)
-                ask.write(head + body)
-                path = head.split(b" ", 2)[1]
-                made.inferences += path.endswith(b"/infer")
-                head, body = await _message(server)
-                if path.endswith(b"/config"):
-                    config = {name: value for name, value in json.loads(body).items() if name != "sequence_batching"}
-                    body = json.dumps(config).encode()
-                    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(
-                        body
-                    )
-                answer.write(head + body)
-        ask.close()
-        answer.close()
+        try:
+            with suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    head, body = await _message(client)
+                    ask.write(head + body)
+                    path = head.split(b" ", 2)[1]
+                    made.inferences += path.endswith(b"/infer")
+                    head, body = await _message(server)
+                    if path.endswith(b"/config"):
+                        config = json.loads(body)
+                        config.pop("sequence_batching", None)
+                        body = json.dumps(config).encode()
+                        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                        head += b"Content-Length: %d\r\n\r\n" % len(body)
+                    answer.write(head + body)
+        finally:
+            for stream in (ask, answer):
+                stream.close()
+                with suppress(ConnectionError):
+                    await stream.wait_closed()
+
+    async def end() -> None:
+        listening.close()
+        relays = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in relays:
+            task.cancel()
+        await asyncio.gather(*relays, return_exceptions=True)
 
     listening = loop.run_until_complete(asyncio.start_server(relay, "127.0.0.1", 0))
     thread = threading.Thread(target=loop.run_forever, name="fewstep-relay", daemon=True)
@@ -119,12 +130,9 @@ def without_sequences(address: str) -> Iterator[Relay]:
         made.address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
         yield made
     finally:
+        asyncio.run_coroutine_threadsafe(end(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        listening.close()
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
         loop.close()
 
 

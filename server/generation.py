@@ -85,8 +85,10 @@ def image_limit(service: Service, engine: Engine) -> int:
     return min(service.settings.max_images, engine.max_waiting)
 
 
-async def make(service: Service, engine: Engine, requests: Sequence[Request], answer: Callable[[list[Sample]], T]) -> T:
-    """What ``answer`` makes of the samples, in the order asked for.
+def make(
+    service: Service, engine: Engine, requests: Sequence[Request], answer: Callable[[list[Sample]], T]
+) -> "asyncio.Future[T]":
+    """What ``answer`` makes of the samples, in the order asked for: to be awaited. Cancelling it cancels the requests.
 
     The engine hands the samples straight to an encoder's thread, where ``answer`` runs, and the event loop wakes
     once, when all is done.
@@ -94,7 +96,7 @@ async def make(service: Service, engine: Engine, requests: Sequence[Request], an
     Raises:
         ApiError: a request was refused or failed; the others of this call are cancelled.
     """
-    return await outcome(service, engine, submit(service, engine, requests), answer)
+    return outcome(service, engine, submit(service, engine, requests), answer)
 
 
 def outcome(

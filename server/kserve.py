@@ -26,7 +26,7 @@ from starlette.types import Scope
 from ..runtime import Engine, Preview, Request, Sample
 from .bodies import EventStream, packed, read_body
 from .errors import ApiError
-from .generation import Door, engine_of, follow, outcome, submit, unless_gone
+from .generation import Door, engine_of, follow, make, unless_gone
 from .inference import (
     DEFAULT_OUTPUTS,
     INPUTS,
@@ -135,7 +135,7 @@ def _begin(service: Service, scope: Scope, body: bytes, _: float = 0.0) -> "asyn
     engine = engine_of(service, named[1], named[2])  # now, when the body is there: it may have been loaded anew
     understand = _infer if named[3] == "infer" else _generate
     requests, answer = understand(service, engine, Headers(scope=scope), body)
-    return outcome(service, engine, submit(service, engine, requests), answer)
+    return make(service, engine, requests, answer)
 
 
 def _refusal(error: ApiError) -> Response:
