@@ -47,7 +47,9 @@ def update_function(slots: int, rank: int = 4) -> onnx.FunctionProto:
     nodes: list[onnx.NodeProto] = []
 
     def add(kind: str, *inputs: str, output: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
+        # Named, each otherwise: once the body is inlined, ONNX Runtime before 1.22 names what it fuses after the nodes
+        # that it took, and refuses a model with two of the same name.
+        nodes.append(helper.make_node(kind, list(inputs), [output], output, **attributes))
         return output
 
     ones = add("Constant", output="shape", value_ints=[-1] + [1] * (rank - 1))
