@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..kernels.native import cache_folders
 from .triton_server import Environment, TritonError
 
 WHEEL = "tritonclient==2.41.1"  # the last one whose wheel has it
@@ -144,7 +143,7 @@ async def _message(stream: asyncio.StreamReader) -> tuple[bytes, bytes]:
 
 
 def _tool(environment: Environment) -> Path:
-    tool = cache_folders()[0] / "perf-analyzer"
+    tool = Environment.default().folder.with_name("perf-analyzer")
     if (tool / "bin" / "perf_analyzer").exists():
         return tool
     try:

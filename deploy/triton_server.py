@@ -70,7 +70,10 @@ class Environment:
     @classmethod
     def default(cls) -> "Environment":
         """Where `make` puts it when nobody says where."""
-        return cls(cache_folders()[0] / "triton")
+        folder = next(cache_folders(), None)
+        if folder is None:
+            raise TritonError("there is no cache folder that only you can write; name a folder for the environment")
+        return cls(folder / "triton")
 
     @property
     def python(self) -> Path:

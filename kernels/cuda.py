@@ -151,12 +151,13 @@ def cubin(capability: str, network: Network = "float32", noise: Noise = "exact")
     for source in ("cuda.cu", "fewstep_step.h"):
         key.update((_FOLDER / source).read_bytes())
     name = f"fewstep-cuda-{capability}-{key.hexdigest()[:24]}.cubin"
-    for folder in cache_folders():
+    folders = list(cache_folders())
+    for folder in folders:
         kept = read_kept(folder / name)
         if kept is not None:
             return kept
     made = compile_cubin(capability, options)[0]
-    for folder in cache_folders():
+    for folder in folders:
         try:
             keep(folder / name, made)
             return made

@@ -1,8 +1,10 @@
 """The compiled CPU build of the fused step: made by the machine's own C++ compiler, once, and kept.
 
 The source travels with the package; the library stands in the user's cache folder under the hash of source,
-flags and processor. Where there is no compiler, or what it made does not give the reference's bits, there is
-no native build and numpy does the work: to the same bits, so nothing else changes.
+flags and processor. What is found there is run, so it is looked for in folders that this user alone can write, and a
+file that is another user's, or that others can write, is as good as none. Where there is no compiler, or what it made
+does not give the reference's bits, there is no native build and numpy does the work: to the same bits, so nothing else
+changes.
 """
 
 import ctypes
@@ -11,9 +13,11 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ _FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 _first: Callable[[Any], Any] = ctypes.c_char.from_buffer
 _COMPILERS = ("c++", "g++", "clang++")
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NativeStep:
@@ -113,7 +118,6 @@ def built(source: str) -> Path | None:
             log.info("no C++ compiler, so %s is not built", source)
             return None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as made:
                 library = Path(made) / name
                 command = [compiler, *_FLAGS, "-o", str(library), str(_FOLDER / source)]
@@ -131,28 +135,58 @@ def keep(path: Path, made: bytes) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
         file.write_bytes(made + hashlib.sha256(made).digest())
+        file.chmod(0o600)
         file.replace(path)
 
 
 def read_kept(path: Path) -> bytes | None:
-    """What `keep` wrote; None where there is nothing, or what is there was torn or altered."""
+    """What `keep` wrote; None where there is nothing, where it was torn or altered, or where others can write it."""
     try:
-        kept = path.read_bytes()
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if not _is_own(found) or found.st_mode & _OTHERS_WRITE:
+                return None
+            kept = file.read()
     except OSError:
         return None
     made, digest = kept[:-32], kept[-32:]
     return made if hashlib.sha256(made).digest() == digest else None
 
 
-def cache_folders() -> list[Path]:
-    """Where what was compiled is kept, in the order in which they are tried."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return [Path(base) / "fewstep", Path(tempfile.gettempdir()) / f"fewstep-{user}"]
+def cache_folders() -> Iterator[Path]:
+    """Where what was compiled is kept, in the order in which they are tried: folders that no other user can write."""
+    yield from filter(_make_own, _places())
+
+
+def _places() -> Iterator[Path]:
+    base = os.environ.get("XDG_CACHE_HOME")
+    with suppress(RuntimeError):  # no HOME, and a user without a name, as in containers
+        yield Path(base or Path.home() / ".cache") / "fewstep"
+    with suppress(FileNotFoundError):  # no folder for temporary files
+        yield Path(tempfile.gettempdir()) / f"fewstep-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+
+
+def _make_own(folder: Path) -> bool:
+    """Whether the folder, made if it has to be, is this user's; one that others can write is closed to them."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if not (_is_own(folder.lstat()) and _is_own(found)):  # the link, where it is one, and what it leads to
+            log.warning("%s is not used: it belongs to another user", folder)
+            return False
+        if found.st_mode & _OTHERS_WRITE:
+            folder.chmod(stat.S_IMODE(found.st_mode) & ~_OTHERS_WRITE)
+    except OSError:
+        return False
+    return True
+
+
+def _is_own(found: os.stat_result) -> bool:
+    """Whether it is this user's, or root's, who could do as he likes anyway."""
+    return not hasattr(os, "getuid") or found.st_uid in (0, os.getuid())
 
 
 def _processor() -> bytes:

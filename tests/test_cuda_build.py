@@ -6,10 +6,13 @@ chose stands in for the GPU. So the indexing, both access widths and all history
 
 import hashlib
 import os
+import pwd
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -29,6 +32,8 @@ from fewstep.kernels import StepRow, cuda, native, normals, pack_rows, step_refe
 Array = NDArray[Any]
 DTYPES: dict[cuda.Network, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 needs_compiler = pytest.mark.skipif(not cuda._compiler(), reason="neither NVRTC nor nvcc is installed")
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+ANOTHER = 12345  # a user's number
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
@@ -177,7 +182,7 @@ def test_nvcc_takes_the_same_source() -> None:
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Two cache folders of our own, and a compiler that counts in place of the real one."""
     made = [tmp_path / "first", tmp_path / "second"]
-    monkeypatch.setattr(cuda, "cache_folders", lambda: made)
+    monkeypatch.setattr(native, "_places", lambda: made)
     monkeypatch.setattr(cuda, "_compiler", lambda: "pretended 1.0")
     compiled: list[str] = []
 
@@ -212,6 +217,63 @@ def test_a_folder_that_cannot_be_written_is_passed_over(folders: list[Path]) -> 
     folders[1].rename(folders[1].with_name("gone"))
     folders[1].write_text("neither")
     assert cuda.cubin("80") == b"\x7fELF802"
+
+
+def plant(folder: Path, name: str) -> Path:
+    """What another user would put there: whole, and of his own making."""
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_bytes(b"planted" + hashlib.sha256(b"planted").digest())
+    return file
+
+
+@needs_root
+@pytest.mark.parametrize("of_another", ["folder", "file", "link"])
+def test_what_another_user_put_in_place_is_not_loaded(
+    folders: list[Path], tmp_path: Path, of_another: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.cubin("90")
+    (name,) = [path.name for path in folders[0].iterdir()]
+    shutil.rmtree(folders[0])
+    if of_another == "link":
+        planted = plant(tmp_path / "elsewhere", name)
+        folders[0].symlink_to(planted.parent)
+        os.chown(folders[0], ANOTHER, ANOTHER, follow_symlinks=False)
+    else:
+        planted = plant(folders[0], name)
+        os.chown(planted if of_another == "file" else planted.parent, ANOTHER, ANOTHER)
+    assert cuda.cubin("90") == b"\x7fELF902"
+    if of_another == "file":  # in a folder of ours: ours takes its place
+        assert native.read_kept(planted) == b"\x7fELF902"
+    else:
+        assert native.read_kept(folders[1] / name) == b"\x7fELF902"
+        assert f"{folders[0]} is not used: it belongs to another user" in caplog.messages
+
+
+def test_what_others_could_have_altered_is_compiled_again(folders: list[Path]) -> None:
+    """The folder is closed to them; what was open to them is not believed."""
+    cuda.cubin("90")
+    (kept,) = folders[0].iterdir()
+    assert (stat.S_IMODE(folders[0].stat().st_mode), stat.S_IMODE(kept.stat().st_mode)) == (0o700, 0o600)
+    for mode in (0o620, 0o602):
+        plant(folders[0], kept.name).chmod(mode)
+        folders[0].chmod(0o777)
+        assert cuda.cubin("90") != b"planted"
+        assert cuda.cubin("90") == native.read_kept(kept)
+        assert stat.S_IMODE(folders[0].stat().st_mode) == 0o755
+
+
+def test_a_user_without_a_home_and_a_name_gets_the_second_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers that are run under a number."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert list(native.cache_folders()) == [tmp_path / f"fewstep-{os.getuid()}"]
 
 
 @needs_compiler

@@ -76,6 +76,35 @@ def test_without_any_folder_to_write_numpy_does_the_work(tmp_path: Path) -> None
 
 
 @needs_compiler
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+def test_a_library_that_another_user_put_in_place_is_not_loaded(tmp_path: Path) -> None:
+    """Where the home cache cannot be written: anybody can make the folder of temporary files that comes next."""
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    _, made, _ = run(tmp_path)
+    (library,) = (tmp_path / "tmp").glob("fewstep-*/*.so")
+    wrong = library.read_bytes()
+    os.chown(library, 12345, 12345)
+    assert run(tmp_path)[:2] == ("compiled", made)
+    assert library.stat().st_uid == 0
+    os.chown(library.parent, 12345, 12345)
+    library.write_bytes(wrong)
+    build, same, said = run(tmp_path)
+    assert (build, same) == ("numpy", made)
+    assert said == f"{library.parent} is not used: it belongs to another user"
+
+
+@needs_compiler
+def test_a_user_without_a_home_and_a_name_has_the_compiled_step(tmp_path: Path) -> None:
+    """As in containers that are run under a number."""
+    nobody = "import pwd; pwd.getpwuid = lambda number: {}[number]\n"
+    made = environment(tmp_path, HOME="", XDG_CACHE_HOME="")
+    del made["HOME"]
+    done = subprocess.run([sys.executable, "-c", nobody + SAY], env=made, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("compiled ")
+    assert [path.suffix for path in (tmp_path / "tmp").glob("fewstep-*/*")] == [".so"]
+
+
+@needs_compiler
 def test_a_library_that_was_torn_or_altered_is_built_again(tmp_path: Path) -> None:
     """Loading half a library would end the process; one with other instructions would give other bits."""
     _, made, _ = run(tmp_path)
@@ -113,7 +142,7 @@ def test_a_build_with_other_bits_is_not_used(
     (folder / "fewstep_step.h").write_text(wrong)
     assert wrong != source.read_text()
     monkeypatch.setattr(native, "_FOLDER", folder)
-    monkeypatch.setattr(native, "cache_folders", lambda: [tmp_path / "cache"])
+    monkeypatch.setattr(native, "_places", lambda: [tmp_path / "cache"])
     with caplog.at_level(logging.WARNING, "fewstep"):
         assert native.native_step.__wrapped__() is None
     assert caplog.messages[0].endswith("gives other bits than the reference")
