@@ -10,6 +10,7 @@ tables that are served or running and no others.
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -45,6 +46,7 @@ from .tableau import Tableau, TableauError
 
 log = logging.getLogger("fewstep")
 
+LAST_TICK_S = 5.0  # for the tick that runs when time is up
 MAX_LOADED = 256  # tables that may be loaded over a bundle's own
 _Key = tuple[str, int]  # a table's name and number of steps
 
@@ -97,6 +99,8 @@ class Engine:
     ) -> None:
         if max_rows < 1 or max_waiting < 1:
             raise ValueError(f"max_rows {max_rows} and max_waiting {max_waiting} must be at least 1")
+        if not 0 < weight < math.inf:
+            raise ValueError(f"weight: {weight}, must be above 0 and finite")
         self.bundle = bundle
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.weight = weight
@@ -135,6 +139,7 @@ class Engine:
         self._pack()
         self._scheduler = Scheduler(ageing_s)
         self._is_closed = False
+        self._why_closed = f"{bundle.name} is shutting down"
         self._lock = threading.Lock()  # around the scheduler and the counters; no future is touched under it
 
     # --- asking
@@ -159,7 +164,7 @@ class Engine:
             ValueError: a request does not fit the student; the message names the field.
             QueueFull: there is no room for all of them.
             DeadlineInfeasible: they would be late, whatever their tables.
-            EngineStopped: the engine was closed.
+            EngineStopped: the engine was closed, or nothing steps it any more.
         """
         for request in requests:
             self._refuse_misfit(request)
@@ -169,7 +174,7 @@ class Engine:
         refusal: QueueFull | DeadlineInfeasible | None = None
         with self._lock:
             if self._is_closed:
-                raise EngineStopped(f"{self.bundle.name} is shutting down")
+                raise EngineStopped(self._why_closed)
             if len(self._scheduler) + len(requests) > self.max_waiting:
                 over = self._scheduler.drop(now_s)
             waiting = len(self._scheduler)
@@ -213,6 +218,16 @@ class Engine:
         """Accept nothing more; what was accepted is still made."""
         with self._lock:
             self._is_closed = True
+
+    def abandon(self, why: str | None = None) -> None:
+        """Accept nothing more, and end what was accepted with `EngineStopped`; for the thread that steps, or none."""
+        with self._lock:
+            self._is_closed, self._why_closed = True, why or self._why_closed
+            waiting, over = self._scheduler.take(len(self._scheduler), self._clock())
+        stopped = EngineStopped(self._why_closed)
+        self._fail_running(stopped)
+        for ticket in (*waiting, *over):
+            self._fail(ticket, stopped)
 
     @property
     def is_done(self) -> bool:
@@ -698,9 +713,12 @@ class EngineThread:
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self._engines: tuple[Engine, ...] = ()
+        self._has_ended = False
+        self._why: str | None = None  # set where it ended by an error
         self._lock = threading.Lock()  # around changes of the engines
         self._wake = threading.Event()
         self._stopping = False
+        self._until_s = math.inf  # on time.monotonic(): when what is left is ended
         self._thread = threading.Thread(target=self._run, name="fewstep-engine", daemon=True)
         for engine in engines:
             self.add(engine)
@@ -713,7 +731,10 @@ class EngineThread:
         """Run one more; one that is closed leaves by itself when it has made what it accepted."""
         engine.on_submit = self.wake
         with self._lock:
+            has_ended = self._has_ended
             self._engines = (*self._engines, engine)
+        if has_ended:
+            engine.abandon(self._why)
         self.wake()
 
     def wake(self) -> None:
@@ -721,13 +742,20 @@ class EngineThread:
         if not self._wake.is_set():  # `set` takes a lock, and most of the time somebody was here before
             self._wake.set()
 
-    def stop(self) -> None:
-        """Accept nothing more, finish everything accepted, then end the thread."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Accept nothing more, finish what was accepted, then end the thread.
+
+        Args:
+            timeout_s: what is not finished by then ends with `EngineStopped`; None: there is no hurry. A tick is not
+                broken off: a device that never answers is waited for a few seconds longer, and left behind.
+        """
         for engine in self._engines:
             engine.close()
+        if timeout_s is not None:
+            self._until_s = time.monotonic() + timeout_s
         self._stopping = True
         self._wake.set()
-        self._thread.join()
+        self._thread.join(None if timeout_s is None else timeout_s + LAST_TICK_S)
 
     @property
     def is_alive(self) -> bool:
@@ -735,8 +763,19 @@ class EngineThread:
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._step_all()
+        except BaseException:
+            self._why = "the engine failed and takes no more requests; its log says why"
+            log.exception("the engine thread ended; no student takes requests any more, only a restart helps")
+        with self._lock:
+            self._has_ended = True
+        for engine in self._engines:
+            engine.abandon(self._why)
+
+    def _step_all(self) -> None:
         shares = Shares()
-        while True:
+        while time.monotonic() < self._until_s:
             self._wake.clear()
             is_last = self._stopping  # read first: what came in before it is seen by the steps below
             engines = self._engines

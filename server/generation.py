@@ -111,7 +111,7 @@ def outcome(
 
     def fail(error: BaseException) -> None:
         if not done.done():
-            done.set_exception(_end_of(error))
+            done.set_exception(_end_of(service, error))
 
     def on_end(future: Future[Sample]) -> None:
         is_last = next(unfinished) == 0
@@ -177,7 +177,7 @@ def follow(
             while missing:
                 i, event = await events.get()
                 if isinstance(event, BaseException):
-                    raise _end_of(event)
+                    raise _end_of(service, event)
                 if isinstance(event, Sample):
                     missing -= 1
                     if service.traces:
@@ -263,8 +263,8 @@ def submit(
             429, f"deadline_ms: {error}", param="deadline_ms", code="deadline_infeasible",
             retry_after_s=error.retry_after_s,
         ) from None  # fmt: skip
-    except EngineStopped:
-        raise draining() from None
+    except EngineStopped as error:
+        raise _stopped(service, error) from None
     except ValueError as error:
         raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
     finally:
@@ -272,7 +272,15 @@ def submit(
             caller.refund(len(requests))
 
 
-def _end_of(error: BaseException) -> BaseException:
+def _stopped(service: Service, error: EngineStopped) -> ApiError:
+    if service.is_draining:
+        return draining()
+    return ApiError(503, str(error), code="engine_stopped", retry_after_s=1)
+
+
+def _end_of(service: Service, error: BaseException) -> BaseException:
+    if isinstance(error, EngineStopped):
+        return _stopped(service, error)
     if isinstance(error, DeadlineExpired):
         return ApiError(504, f"deadline_ms: {error}", param="deadline_ms", code="deadline_expired")
     if isinstance(error, SampleFailed):

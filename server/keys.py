@@ -29,7 +29,7 @@ from .errors import ApiError
 class ApiKey(BaseModel):
     """What the settings say of a key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     admin: bool = False

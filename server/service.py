@@ -35,8 +35,9 @@ class Service:
         settings: which bundles, how many rows.
 
     Raises:
-        BundleError: a bundle cannot be loaded, or two have the same name.
-        SettingsError: the tables' folder does not exist.
+        BundleError: a bundle cannot be loaded.
+        SettingsError: two bundles have the same name, a weight is that of no student, the tables' folder does not
+            exist.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -53,9 +54,12 @@ class Service:
         for source in settings.bundles:
             bundle = Bundle.load(source)
             if bundle.name in self.engines:
-                raise ValueError(f"bundles: two students are called {bundle.name}; give each bundle its own name")
+                raise SettingsError(f"bundles: two students are called {bundle.name}; give each bundle its own name")
             self.engines[bundle.name] = self._engine(bundle)
             self._sources[bundle.name] = source
+        for name in settings.student_weights:
+            if name not in self._known():
+                raise SettingsError(f"student_weights.{name} is no student; there is: {', '.join(self._known())}")
         for name, parts in settings.aliases.items():
             self._alias(name, {parts: 1.0} if isinstance(parts, str) else parts)
         self.started_s = int(time.time())
@@ -153,6 +157,8 @@ class Service:
             if engine.bundle.name != name:
                 message = f"{name[:80]}: the bundle calls itself {engine.bundle.name}"
                 raise ApiError(400, message, code="bundle_refused")
+            if not self.is_live:
+                raise ApiError(503, "the engine failed; only a restart helps", code="engine_stopped")
             if self.is_draining:
                 raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
             old = self.engines.get(name)
@@ -184,18 +190,22 @@ class Service:
 
     def repository_index(self) -> list[dict[str, str]]:
         """Every student that is served or could be loaded, with its state in Triton's words."""
-        names = dict.fromkeys([*self.engines, *self._sources])
-        if self.settings.repository is not None:
-            names |= dict.fromkeys(sorted(file.parent.name for file in self.settings.repository.glob(f"*/{MANIFEST}")))
         return [
             {"name": name, "version": self.engines[name].bundle.manifest.version, "state": "READY", "reason": ""}
             if name in self.engines
             else {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
-            for name in names
+            for name in self._known()
         ] + [
             {"name": name, "version": "", "state": "READY", "reason": f"alias of {', '.join(parts)}"}
             for name, parts in self.aliases.items()
         ]
+
+    def _known(self) -> list[str]:
+        """The students that are served or could be loaded."""
+        names = [*self.engines, *self._sources]
+        if self.settings.repository is not None:
+            names += sorted(file.parent.name for file in self.settings.repository.glob(f"*/{MANIFEST}"))
+        return list(dict.fromkeys(names))
 
     def _source(self, name: str, parameters: Mapping[str, Any]) -> str:
         repository = self.settings.repository

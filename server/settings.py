@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -31,7 +31,7 @@ class SettingsError(ValueError):
 class Settings(BaseModel):
     """What a server needs to know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     bundles: tuple[str, ...] = Field(default=(DEFAULT_BUNDLE,), min_length=1)  # folders or embedded names
     host: str = "127.0.0.1"
@@ -48,7 +48,9 @@ class Settings(BaseModel):
     precision: str = "float32"  # on the CPU: float32, or what `fewstep export --precision` added to the bundles
     simulate: str | None = None  # "A+B": a simulated accelerator, whose call on n rows takes A + B n ms
     encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
-    student_weights: dict[str, float] = {}  # shares of the device where several students have work; else 1
+    student_weights: dict[
+        str, Annotated[float, Field(gt=0)]
+    ] = {}  # shares of the device where several students have work; else 1
     # Limits
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
     max_waiting_pixels: int = Field(default=1 << 28, ge=1)  # and their pixels

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from fewstep.runtime import (
 )
 from fewstep.runtime.backends import Backend, BackendError, OnnxBackend
 from fewstep.runtime.schedules import flow, karras
+from fewstep.runtime.simulated import simulated
 from fewstep.runtime.solvers import ddim, dpmpp_2m
 
 Pixels = NDArray[np.float32]
@@ -618,6 +620,49 @@ def test_stop_finishes_what_was_accepted_and_refuses_the_rest(running: tuple[Eng
     assert all(future.done() and future.exception() is None for future in futures)
     with pytest.raises(EngineStopped, match=r"^digits is shutting down$"):
         engine.submit([short])
+
+
+def test_stop_ends_what_is_not_finished_in_time(baked: Bundle) -> None:
+    """Those that run, those in line and those that were cancelled: each future is done when the thread is."""
+    for timeout_s in (0.0, 0.05):
+        engine = engine_of(baked, max_rows=2, backend=simulated("10+0"))
+        thread = EngineThread([engine])
+        long, _ = long_and_short(baked)
+        futures = engine.submit([long] * 100)
+        futures[50].cancel()
+        thread.start()
+        thread.stop(timeout_s)
+        assert not thread.is_alive
+        assert all(future.done() for future in futures)
+        with pytest.raises(EngineStopped, match=r"^digits is shutting down$"):
+            futures[-1].result()
+        assert (engine.num_running, engine.num_waiting) == (0, 0)
+        assert engine.counters.finished + engine.counters.failed + engine.counters.cancelled == 100
+        assert engine.counters.cancelled == 1
+
+
+def test_nobody_waits_for_a_thread_that_ended_by_an_error(
+    running: tuple[Engine, Engine, EngineThread], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, other, thread = running
+    engine.weight = 0.0  # which no engine can be made with
+    long, short = long_and_short(engine.bundle)
+    with suppress(EngineStopped):  # it ends after the first tick, maybe between two of these
+        for future in (*engine.submit([long] * 5), *engine.submit([short])):
+            assert isinstance(future.exception(30), EngineStopped)
+    thread.stop()
+    late = engine_of(engine.bundle)
+    thread.add(late)
+    for stopped in (engine, other, late):
+        with pytest.raises(EngineStopped, match=r"^the engine failed and takes no more requests"):
+            stopped.submit([replace(short, label=1)])
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_weight_that_is_no_share_is_refused(baked: Bundle, weight: float) -> None:
+    with pytest.raises(ValueError, match=r"^weight: .* must be above 0 and finite"):
+        engine_of(baked, weight=weight)
 
 
 def test_stop_in_the_middle_of_a_rush_loses_nothing(baked: Bundle) -> None:

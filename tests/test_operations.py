@@ -316,6 +316,9 @@ def test_print_config_prints_and_does_not_serve(monkeypatch: pytest.MonkeyPatch)
         ({}, 'device = "cuda"\nprecision = "int8-cpu"\n', "precision is the CPU's choice"),
         ({"FEWSTEP_SIMULATE": "40+1"}, 'precision = "int8-cpu"\n', "simulate runs no network"),
         ({}, 'log_format = "xml"\n', "log_format = 'xml': Input should be 'text' or 'json'"),
+        ({"FEWSTEP_STUDENT_WEIGHTS": '{"a": 0}'}, "", "student_weights.a = 0: Input should be greater than 0"),
+        ({}, "[student_weights]\na = nan\n", "student_weights.a = nan: Input should be a finite number"),
+        ({}, "drain_timeout_s = inf\n", "drain_timeout_s = inf: Input should be a finite number"),
         ({"FEWSTEP_API_KEYS_FILE": "/no/such"}, "", "/no/such: cannot be read: No such file"),
     ],
 )  # fmt: skip
