@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {"kernels": 1, "runtime": 2, "export": 3, "training": 4, "server": 4, "bench": 4, "deploy": 5, "cli": 6}
+FLOORS = {
+    "client": 1, "kernels": 1, "runtime": 2, "export": 3, "training": 4, "server": 4, "bench": 4, "deploy": 5, "cli": 6
+}  # fmt: skip
+MODULES = {"client", "cli"}  # the others are folders
 TRAINING_ONLY = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "accelerate", "datasets", "diffusers"}
 SOURCES = sorted(
     path.relative_to(ROOT)
     for name in FLOORS
-    for path in ([ROOT / "cli.py"] if name == "cli" else (ROOT / name).rglob("*.py"))
+    for path in ([ROOT / f"{name}.py"] if name in MODULES else (ROOT / name).rglob("*.py"))
 )
 
 
@@ -51,7 +54,7 @@ def test_a_file_imports_only_from_its_own_floor_and_those_below(source: Path) ->
 
 
 @pytest.mark.parametrize(
-    "source", [s for s in SOURCES if floor_name(s) in ("kernels", "runtime", "server", "bench")], ids=str
+    "source", [s for s in SOURCES if floor_name(s) in ("client", "kernels", "runtime", "server", "bench")], ids=str
 )
 def test_what_serves_imports_nothing_of_training_or_export(source: Path) -> None:
     for name, is_ours in imports(source):
@@ -66,7 +69,9 @@ def test_inside_the_package_imports_are_relative(source: Path) -> None:
     assert not [name for name, is_ours in imports(source) if not is_ours and name.split(".")[0] == "fewstep"]
 
 
-@pytest.mark.parametrize("module", ["fewstep", "fewstep.kernels", "fewstep.runtime", "fewstep.server", "fewstep.cli"])
+@pytest.mark.parametrize(
+    "module", ["fewstep", "fewstep.client", "fewstep.kernels", "fewstep.runtime", "fewstep.server", "fewstep.cli"]
+)
 def test_importing_what_serves_loads_no_training_package(module: str) -> None:
     code = f"import sys, {module}; print(*sorted(sys.modules))"
     run = subprocess.run(
@@ -80,7 +85,7 @@ def test_importing_what_serves_loads_no_training_package(module: str) -> None:
 def test_src_holds_links_only_and_one_for_each_part() -> None:
     """The folders of the checkout are the package: a file written in ``src`` would be one nobody finds."""
     links = {path.name: path for path in (ROOT / "src" / "fewstep").iterdir() if path.name != "__pycache__"}
-    assert set(links) == {"__init__.py", "cli.py", "py.typed", *FLOORS} - {"cli"}
+    assert set(links) == {"__init__.py", "py.typed", *(f"{name}.py" if name in MODULES else name for name in FLOORS)}
     for name, link in links.items():
         assert link.is_symlink()
         assert link.resolve() == ROOT / name
