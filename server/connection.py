@@ -18,6 +18,7 @@ from .errors import ApiError, crashed
 from .gate import Gate, Visit
 from .generation import Door
 from .keys import CALLER
+from .logs import REQUEST_ID
 from .service import Service
 
 _DOORS = (images.DOOR, kserve.DOOR)
@@ -93,11 +94,12 @@ class Connection(HttpToolsProtocol):
         visit = self.gate.visit(scope)
         try:
             self.gate.admit(visit, scope)
-            before = CALLER.set(visit.caller)
+            before, name = CALLER.set(visit.caller), REQUEST_ID.set(visit.request_id)
             try:
                 work = door.begin(self.service, scope, bytes(cycle.body), visit.start_s)
             finally:
                 CALLER.reset(before)
+                REQUEST_ID.reset(name)
         except Exception as error:
             self._arriving = None
             self._write(cycle, visit, _refusal(door, visit, error))
@@ -146,8 +148,9 @@ class Connection(HttpToolsProtocol):
 
 def _refusal(door: Door, visit: Visit, error: BaseException) -> Response:
     if not isinstance(error, ApiError):
-        log.error("%s: an error that was not foreseen", visit.what, exc_info=error)
-        error = crashed()
+        beside = {"fields": {"request_id": visit.request_id}}
+        log.error("%s: an error that was not foreseen", visit.what, exc_info=error, extra=beside)
+        error = crashed(visit.request_id)
     return door.refusal(error)
 
 

@@ -13,6 +13,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from ..runtime.call import CallError, in_words
+from .logs import REQUEST_ID
 
 
 class ApiError(Exception):
@@ -84,9 +85,10 @@ class Refusals:
 refusals = Refusals()
 
 
-def crashed() -> ApiError:
+def crashed(request_id: str) -> ApiError:
     """What a client is told of an error that was not foreseen."""
-    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+    message = f"the server failed on this request; its log says why, at request_id={request_id}"
+    return ApiError(500, message, code="internal_error")
 
 
 async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
@@ -108,4 +110,4 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def answer_crash(request: Request, _: Exception) -> JSONResponse:
     """Whatever was not foreseen; uvicorn logs the traceback."""
-    return crashed().response(is_plain=request.url.path.startswith("/v2"))
+    return crashed(REQUEST_ID.get()).response(is_plain=request.url.path.startswith("/v2"))

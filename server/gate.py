@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 from .keys import ANYBODY, CALLER, Caller, Keys
+from .logs import REQUEST_ID
 from .service import Service
 
 access = logging.getLogger("fewstep.access")
@@ -106,6 +107,7 @@ def gated(app: ASGIApp, service: Service) -> ASGIApp:
             await app(scope, receive, send)
             return
         visit = gate.visit(scope)
+        REQUEST_ID.set(visit.request_id)
         status = 0
 
         async def answer(message: Message) -> None:

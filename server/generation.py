@@ -10,6 +10,7 @@ Cancelling the coroutine, or closing the iterator, cancels the requests within o
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Future
@@ -35,9 +36,12 @@ from ..runtime import (
 )
 from .errors import ApiError
 from .keys import ANYBODY, CALLER
+from .logs import REQUEST_ID
 from .service import Service
 
 T = TypeVar("T")
+
+log = logging.getLogger("fewstep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,9 @@ def engine_of(service: Service, model: str | None = None, version: str | None = 
     name = model or service.default
     engine = service.engine(name) if name is not None else None
     if engine is None:
-        served = ", ".join([*service.engines, *service.aliases]) or "none"
-        raise ApiError(
-            404, f"model: {model!r} is not served; there is: {served}", param="model", code="model_not_found"
-        )
+        served = ", ".join(service.answering)
+        message = f"model: {model!r} is not served; there is: {served}" if served else "model: no student is served"
+        raise ApiError(404, message, param="model", code="model_not_found")
     if version and version != engine.bundle.manifest.version:
         message = f"model: {name} is served in version {engine.bundle.manifest.version}, not {version!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
@@ -108,10 +111,11 @@ def outcome(
     if service.traces:
         answer = service.traces.around(engine, answer)
     unfinished = count(len(futures) - 1, -1)  # its steps are atomic, wherever futures end
+    name = REQUEST_ID.get()
 
     def fail(error: BaseException) -> None:
         if not done.done():
-            done.set_exception(_end_of(service, error))
+            done.set_exception(_end_of(service, error, engine, name))
 
     def on_end(future: Future[Sample]) -> None:
         is_last = next(unfinished) == 0
@@ -153,6 +157,7 @@ def follow(
         ApiError: the requests were refused, here and now.
     """
     loop = asyncio.get_running_loop()
+    name = REQUEST_ID.get()
     events: asyncio.Queue[tuple[int, Preview | Sample | BaseException]] = asyncio.Queue()
 
     def tell(i: int, event: Preview | Sample | BaseException) -> None:
@@ -177,7 +182,7 @@ def follow(
             while missing:
                 i, event = await events.get()
                 if isinstance(event, BaseException):
-                    raise _end_of(service, event)
+                    raise _end_of(service, event, engine, name)
                 if isinstance(event, Sample):
                     missing -= 1
                     if service.traces:
@@ -278,12 +283,13 @@ def _stopped(service: Service, error: EngineStopped) -> ApiError:
     return ApiError(503, str(error), code="engine_stopped", retry_after_s=1)
 
 
-def _end_of(service: Service, error: BaseException) -> BaseException:
+def _end_of(service: Service, error: BaseException, engine: Engine, request_id: str) -> BaseException:
     if isinstance(error, EngineStopped):
         return _stopped(service, error)
     if isinstance(error, DeadlineExpired):
         return ApiError(504, f"deadline_ms: {error}", param="deadline_ms", code="deadline_expired")
     if isinstance(error, SampleFailed):
+        log.error("%s: %s", engine.bundle.name, error, extra={"fields": {"request_id": request_id}})
         return ApiError(500, str(error), code="sample_failed")
     return error
 

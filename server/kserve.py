@@ -32,6 +32,7 @@ from .inference import (
     INPUTS,
     NAMES,
     OUTPUTS,
+    UNSERVED,
     Array,
     from_bytes,
     model_config,
@@ -48,6 +49,10 @@ from .service import Service
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/(infer|generate)\Z")
+_UNSERVED_PATHS = (
+    "/v2/systemsharedmemory/{rest:path}", "/v2/cudasharedmemory/{rest:path}", "/v2/logging", "/v2/trace/setting",
+    "/v2/models/{model}/trace/setting",
+)  # fmt: skip
 _Json = dict[str, Any]
 _Answer = Callable[[list[Sample]], Response]
 
@@ -114,6 +119,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
         service.unload(http.path_params["model"])
         return Response()
 
+    async def unserved(http: HttpRequest) -> Response:
+        raise ApiError(501, f"{http.url.path} is not served: {UNSERVED}", code="not_served")
+
     add("/v2", "GET", server)
     add("/v2/models/stats", "GET", all_stats)
     for path in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
@@ -127,6 +135,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
     add("/v2/repository/index", "POST", index)
     add("/v2/repository/models/{model}/load", "POST", load)
     add("/v2/repository/models/{model}/unload", "POST", unload)
+    for path in _UNSERVED_PATHS:
+        for method in ("GET", "POST"):
+            add(path, method, unserved)
 
 
 def _begin(service: Service, scope: Scope, body: bytes, _: float = 0.0) -> "asyncio.Future[Response]":

@@ -5,10 +5,11 @@ written. A call that is cancelled cancels its images within one step.
 """
 
 import asyncio
+import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from typing import Any, NoReturn
 
 import grpc
@@ -20,14 +21,15 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
-from ..runtime import Engine, Preview, Sample
-from .errors import ApiError
+from ..runtime import Preview, Sample
+from .errors import ApiError, crashed
 from .gate import caller_of_call, log_access, request_id
 from .generation import engine_of, follow, make
 from .inference import (
     DEFAULT_OUTPUTS,
     NAMES,
     OUTPUTS,
+    UNSERVED,
     Array,
     from_bytes,
     model_config,
@@ -41,7 +43,10 @@ from .inference import (
     to_bytes,
 )
 from .keys import ANYBODY, CALLER
+from .logs import REQUEST_ID
 from .service import Service
+
+log = logging.getLogger("fewstep")
 
 _SERVICE = "inference.GRPCInferenceService"
 _CODES = {
@@ -117,31 +122,43 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
         except ApiError as error:
             refusal = error
 
-        def over(context: Any) -> None:
-            if self._is_logging:
-                log_access(details.method, str(context.code() or grpc.StatusCode.OK), start_s, name, caller)
-
-        async def unary(request: Any, context: Any) -> Any:
+        @asynccontextmanager
+        async def answering(context: Any) -> AsyncGenerator[None]:
+            """Around the work: what it raises becomes a status, and the log has a line when it is over."""
+            status: Any = None
             try:
-                context.set_trailing_metadata((("x-request-id", name),))
-                if refusal or request is _GARBLED:
-                    await _abort(context, refusal or _garbled())
-                with self._traces.request(details.method, metadata, name) if self._traces else nullcontext():
-                    return await handler.unary_unary(request, context)
-            finally:
-                over(context)
-
-        async def stream(requests: Any, context: Any) -> AsyncGenerator[Any]:
-            try:
+                REQUEST_ID.set(name)
                 context.set_trailing_metadata((("x-request-id", name),))
                 if refusal:
-                    await _abort(context, refusal)
+                    raise refusal
                 with self._traces.request(details.method, metadata, name) if self._traces else nullcontext():
-                    async with aclosing(handler.stream_stream(requests, context)) as responses:
-                        async for response in responses:
-                            yield response
+                    yield
+            except ApiError as error:
+                status = _status_of(error)
+                await _abort(context, error)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                status = grpc.StatusCode.INTERNAL
+                await _abort(context, _crash(details.method, error))
+            except BaseException:  # the client left, or the server stops
+                status = grpc.StatusCode.CANCELLED
+                raise
             finally:
-                over(context)
+                if self._is_logging:
+                    status = status or context.code() or grpc.StatusCode.OK
+                    log_access(details.method, str(status), start_s, name, caller)
+
+        async def unary(request: Any, context: Any) -> Any:
+            async with answering(context):
+                if request is _GARBLED:
+                    raise _garbled()
+                return await handler.unary_unary(request, context)
+
+        async def stream(requests: Any, context: Any) -> AsyncGenerator[Any]:
+            async with answering(context), aclosing(handler.stream_stream(requests, context)) as responses:
+                async for response in responses:
+                    yield response
 
         coding = {
             "request_deserializer": _tolerant(handler.request_deserializer),
@@ -160,6 +177,12 @@ _GARBLED = object()  # in the place of a message that is none
 def _garbled() -> ApiError:
     """What is told about bytes that are no message."""
     return ApiError(400, "the message cannot be decoded: it is not what this method takes")
+
+
+def _crash(method: str, error: Exception) -> ApiError:
+    """What is told of an error that was not foreseen; the log has it whole."""
+    log.error("%s: an error that was not foreseen", method, exc_info=error)
+    return crashed(REQUEST_ID.get())
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -185,25 +208,28 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         return service_pb2.ServerReadyResponse(ready=self._service.is_ready)
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        is_served = request.name in self._service.engines
-        return service_pb2.ModelReadyResponse(ready=is_served and self._service.is_ready)
+        try:
+            engine_of(self._service, request.name, request.version)
+        except ApiError:
+            return service_pb2.ModelReadyResponse(ready=False)
+        return service_pb2.ModelReadyResponse(ready=self._service.is_ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         return ParseDict(server_metadata(), service_pb2.ServerMetadataResponse())
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        engine = await self._engine(request.name, request.version, context)
+        engine = engine_of(self._service, request.name, request.version)
         return ParseDict(model_metadata(self._service, engine), service_pb2.ModelMetadataResponse())
 
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
-        engine = await self._engine(request.name, request.version, context)
+        engine = engine_of(self._service, request.name, request.version)
         config = ParseDict(model_config(self._service, engine), model_config_pb2.ModelConfig())
         return service_pb2.ModelConfigResponse(config=config)
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:  # noqa: N802
         engines = list(self._service.engines.values())
         if request.name:
-            engines = [await self._engine(request.name, request.version, context)]
+            engines = [engine_of(self._service, request.name, request.version)]
         stats = {"model_stats": [model_statistics(engine) for engine in engines]}
         return ParseDict(stats, service_pb2.ModelStatisticsResponse())
 
@@ -212,25 +238,16 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         return ParseDict({"models": models}, service_pb2.RepositoryIndexResponse())
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
-        try:
-            await self._service.load(request.model_name, _values(request.parameters))
-        except ApiError as error:
-            await _abort(context, error)
+        await self._service.load(request.model_name, _values(request.parameters))
         return service_pb2.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
-        try:
-            self._service.unload(request.model_name)
-        except ApiError as error:
-            await _abort(context, error)
+        self._service.unload(request.model_name)
         return service_pb2.RepositoryModelUnloadResponse()
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        try:
-            call = _Call(self._service, request, context.time_remaining())
-            return await make(self._service, call.engine, call.requests, call.response)
-        except ApiError as error:
-            await _abort(context, error)
+        call = _Call(self._service, request, context.time_remaining())
+        return await make(self._service, call.engine, call.requests, call.response)
 
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[Any], context: Any
@@ -244,8 +261,9 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                     raise _garbled()
                 async for response in self._responses(request):
                     answers.put_nowait(service_pb2.ModelStreamInferResponse(infer_response=response))
-            except ApiError as error:
-                failed = service_pb2.ModelStreamInferResponse(error_message=error.renamed(NAMES).message)
+            except Exception as error:
+                told = error if isinstance(error, ApiError) else _crash(f"/{_SERVICE}/ModelStreamInfer", error)
+                failed = service_pb2.ModelStreamInferResponse(error_message=told.renamed(NAMES).message)
                 if request is not _GARBLED:
                     failed.infer_response.id = request.id
                 answers.put_nowait(failed)
@@ -263,6 +281,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         try:
             while (response := await answers.get()) is not None:
                 yield response
+            await reader
         finally:
             for task in (reader, *calls):
                 task.cancel()
@@ -288,11 +307,17 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     async def _in_encoder(self, call: "_Call", images: list[Sample] | list[Preview], i: int = 0) -> Any:
         return await self._service.encoders.run(call.response, images, i)
 
-    async def _engine(self, name: str, version: str, context: Any) -> Engine:
-        try:
-            return engine_of(self._service, name, version)
-        except ApiError as error:
-            await _abort(context, error)
+
+def _unserved(name: str) -> Callable[[_Servicer, Any, Any], Awaitable[NoReturn]]:
+    async def refuse(_: _Servicer, __: Any, ___: Any) -> NoReturn:
+        raise ApiError(501, f"{name} is not served: {UNSERVED}", code="not_served")
+
+    return refuse
+
+
+for _name in set(vars(service_pb2_grpc.GRPCInferenceServiceServicer)) - set(vars(_Servicer)):
+    if not _name.startswith("_"):
+        setattr(_Servicer, _name, _unserved(_name))
 
 
 class _Call:
@@ -371,5 +396,9 @@ async def _abort(context: Any, error: ApiError) -> NoReturn:
         wait_ms = str(math.ceil(error.retry_after_s * 1000))
         # The first is for whoever asks, the second for gRPC's own retries: a negative number ends them.
         trailing += [("retry-after-ms", wait_ms), ("grpc-retry-pushback-ms", "-1" if error.is_final else wait_ms)]
-    await context.abort(_CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT), error.message, tuple(trailing))
+    await context.abort(_status_of(error), error.message, tuple(trailing))
     raise AssertionError("abort raises")
+
+
+def _status_of(error: ApiError) -> Any:
+    return _CODES.get(error.status, grpc.StatusCode.INVALID_ARGUMENT)

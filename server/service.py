@@ -99,12 +99,20 @@ class Service:
 
     def engine(self, name: str) -> Engine | None:
         """The engine of a student, or of one of an alias's students, drawn by their parts."""
-        engine = self.engines.get(name)
-        if engine is None and name in self.aliases:
-            parts = {student: part for student, part in self.aliases[name].items() if student in self.engines}
-            if sum(parts.values()) > 0:
-                return self.engines[random.choices(list(parts), list(parts.values()))[0]]
-        return engine
+        if name in self.engines:
+            return self.engines[name]
+        parts = self._parts(name)
+        return self.engines[random.choices(list(parts), list(parts.values()))[0]] if parts else None
+
+    @property
+    def answering(self) -> list[str]:
+        """The names that requests may have: of students, and of aliases of which a student is served."""
+        return [*self.engines, *(name for name in self.aliases if self._parts(name))]
+
+    def _parts(self, alias: str) -> dict[str, float]:
+        """Those of an alias's students that are served and have a part of the requests."""
+        parts = self.aliases.get(alias, {})
+        return {student: part for student, part in parts.items() if part > 0 and student in self.engines}
 
     def _alias(self, name: str, parts: Any) -> None:
         """Answer to another name.
@@ -196,7 +204,12 @@ class Service:
             else {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
             for name in self._known()
         ] + [
-            {"name": name, "version": "", "state": "READY", "reason": f"alias of {', '.join(parts)}"}
+            {
+                "name": name,
+                "version": "",
+                "state": "READY" if self._parts(name) else "UNAVAILABLE",
+                "reason": f"alias of {', '.join(parts)}",
+            }
             for name, parts in self.aliases.items()
         ]
 

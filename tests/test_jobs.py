@@ -14,7 +14,9 @@ from typing import Any
 import grpc
 import openai
 import pytest
+import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from conftest import free_port
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -188,6 +190,32 @@ def test_aliases_are_changed_through_the_repository(address: Address) -> None:
         client.unload_model("blue")
         with pytest.raises(triton_http.InferenceServerException, match="'blue' is not served"):
             client.infer("blue", [])
+
+
+def test_an_alias_whose_students_are_gone_is_not_ready_and_not_offered(
+    serving: Serving, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEWSTEP_ALIASES", raising=False)
+    port = free_port()
+    with serving(make_bundle(), "--grpc-port", str(port)) as (_, address):
+        with triton_grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
+            client.load_model("blue", config=json.dumps({"alias": "digits"}))
+            assert client.is_model_ready("blue")
+            assert client.is_model_ready("blue", "1")
+            assert not client.is_model_ready("digits", "2")
+            client.unload_model("digits")
+            assert not client.is_model_ready("blue")
+            assert {model.name: model.state for model in client.get_model_repository_index().models} == {
+                "digits": "UNAVAILABLE",
+                "blue": "UNAVAILABLE",
+            }
+        for body in ({"model": "blue"}, {}):
+            status, answer = ask(address, "POST", IMAGES, body)
+            assert (status, answer["error"]["message"]) == (404, "model: no student is served")
+        assert ask(address, "POST", "/v2/repository/models/digits/load")[0] == 200
+        assert ask(address, "POST", IMAGES, {"model": "blue", "prompt": "1"})[0] == 200
+        message = ask(address, "POST", IMAGES, {"model": "red"})[1]["error"]["message"]
+        assert message == "model: 'red' is not served; there is: digits, blue"
 
 
 def test_an_alias_of_nobody_is_refused_at_the_start(make_bundle: Callable[..., Path]) -> None:

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import queue
+import re
 import ssl
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from fewstep.server import Settings, SettingsError
@@ -416,3 +419,39 @@ def test_text_logs_are_for_people_and_off_by_default(serving: Serving, make_bund
         assert written.count("\n") == bool(wanted)
         assert wanted in written
         assert ("request_id=a1" in written) == bool(wanted)
+
+
+def test_every_line_of_the_log_is_true(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    """A path cannot forge one, a call that was cut short is none that went well, and a failure names its request."""
+    port = free_port()
+    with serving(make_bundle(nan_label=3), "--access-log", "--grpc-port", str(port)) as (process, address):
+        forged = "/x%0a2026-01-01%2000:00:00,000%20INFO%20fewstep.access:%20forged%e2%80%a8"
+        assert ask(address, "GET", forged)[0] == 404
+        for path, body in ((IMAGES, {"prompt": "3"}), ("/v2/models/digits/generate_stream", {"text_input": "3"})):
+            ask(address, "POST", path, body, {"X-Request-Id": f"nan{path}"})
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            request = service_pb2.ModelInferRequest(model_name="digits")
+            request.parameters["label"].int64_param = 3
+            with pytest.raises(grpc.RpcError, match="not finite"):
+                stub.ModelInfer(request, metadata=[("x-request-id", "nan-grpc")])
+            request.parameters["label"].int64_param = 4
+            asked: queue.Queue[Any] = queue.Queue()
+            asked.put(request)
+            call = stub.ModelStreamInfer(iter(asked.get, None), metadata=[("x-request-id", "cut")])
+            assert next(call).infer_response.model_name == "digits"
+            call.cancel()
+            asked.put(None)
+        process.terminate()
+        _, written = process.communicate(timeout=60)
+    lines = written.splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|ERROR) fewstep", line) for line in lines)
+    assert not any("INFO fewstep.access: forged" in line.partition("GET /x")[0] for line in lines)
+    assert any(r"GET /x\n2026-01-01 00:00:00,000 INFO fewstep.access: forged\u2028 404 " in line for line in lines)
+    for name in (f"nan{IMAGES}", "nan/v2/models/digits/generate_stream", "nan-grpc"):
+        (line,) = [line for line in lines if " ERROR " in line and line.endswith(f" request_id={name}")]
+        assert "digits: the sample is not finite" in line
+    (cut,) = [line for line in lines if line.endswith(" request_id=cut")]
+    assert "ModelStreamInfer StatusCode.CANCELLED " in cut
+    (failed,) = [line for line in lines if "ModelInfer " in line]
+    assert "StatusCode.INTERNAL" in failed

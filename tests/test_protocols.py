@@ -278,6 +278,16 @@ def test_a_bad_body_is_one_line_of_json(where: Where, body: bytes, headers: dict
     assert "\n" not in answer["error"]
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/v2/systemsharedmemory/status", "/v2/cudasharedmemory/region/a/register", "/v2/logging", "/v2/trace/setting",
+     "/v2/models/digits/trace/setting"],
+)  # fmt: skip
+def test_what_the_protocol_has_and_we_have_not_is_said_so(where: Where, path: str) -> None:
+    status, answer = post(where, path, b"{}")
+    assert (status, answer["error"].partition(":")[0]) == (501, f"{path} is not served")
+
+
 def test_generate_gives_a_picture_and_its_seed(where: Where, baked: Bundle) -> None:
     body = json.dumps({"id": "x", "text_input": "digit 4", "parameters": {"seed": 7}, "STEPS": 3, "solver": "ddim"})
     status, answer = post(where, "/v2/models/digits/versions/1/generate", body.encode())

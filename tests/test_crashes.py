@@ -1,0 +1,128 @@
+"""Errors that nobody foresaw: one neutral line for the client, whatever it speaks, and all the rest in the log."""
+
+import asyncio
+import io
+import logging
+import re
+import socket
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+import httpx
+import pytest
+import uvicorn
+from conftest import free_port
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from fewstep.server import Service, Settings, create_app, images, kserve, kserve_grpc
+from fewstep.server.connection import connection_to
+from fewstep.server.gate import gated
+from fewstep.server.kserve_grpc import GrpcServer
+from fewstep.server.logs import TextFormatter
+
+IMAGES = "/v1/images/generations"
+SECRET = "secret of /etc/path"
+FORGED = "2026-01-01 00:00:00,000 INFO fewstep.access: forged"
+
+
+@pytest.fixture
+def written() -> Iterator[io.StringIO]:
+    """What the server's own formatter writes."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(TextFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().handlers.insert(0, handler)  # before others: the first one formats a traceback for all
+    yield stream
+    logging.getLogger().removeHandler(handler)
+
+
+@asynccontextmanager
+async def running(service: Service) -> AsyncGenerator[tuple[str, str]]:
+    """Both doors of a service, in this process: where they listen."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(gated(create_app(service), service), http=connection_to(service), log_config=None)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        door = GrpcServer(service, free_port())
+        where = await door.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", where
+        finally:
+            await door.stop(1.0)
+            server.should_exit = True
+            await serving
+
+
+def test_a_client_reads_one_neutral_line_and_the_log_has_the_traceback(
+    make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, written: io.StringIO
+) -> None:
+    def broken(*_: Any, **__: Any) -> NoReturn:
+        raise RuntimeError(f"{SECRET}\n{FORGED}")
+
+    for module, name in ((images, "request_of"), (kserve, "requests_of"), (kserve_grpc, "requests_of")):
+        monkeypatch.setattr(module, name, broken)
+    told: dict[str, Any] = {}
+
+    async def main() -> None:
+        async with (
+            running(Service(Settings(bundles=(str(make_bundle()),), threads=1))) as (url, where),
+            httpx.AsyncClient() as client,
+            grpc.aio.insecure_channel(where) as channel,
+        ):
+            long = {"Origin": url}  # a header with which a request goes through the application
+            for name, path, headers in (
+                ("images", IMAGES, {}), ("images-long", IMAGES, long),
+                ("infer", "/v2/models/digits/infer", {}), ("infer-long", "/v2/models/digits/infer", long),
+            ):  # fmt: skip
+                answer = await client.post(url + path, json={}, headers={"x-request-id": name, **headers})
+                assert answer.status_code == 500
+                error = answer.json()["error"]
+                told[name] = error["message"] if "images" in name else error
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            request = service_pb2.ModelInferRequest(model_name="digits", id="mine")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ModelInfer(request, metadata=[("x-request-id", "grpc")])
+            assert caught.value.code() == grpc.StatusCode.INTERNAL
+            told["grpc"] = caught.value.details()
+            stream = stub.ModelStreamInfer(metadata=[("x-request-id", "grpc-stream")])
+            for _ in range(2):  # the stream goes on
+                await stream.write(request)
+                async with asyncio.timeout(30):
+                    answer = await stream.read()
+                told["grpc-stream"] = answer.error_message
+                assert answer.infer_response.id == "mine"
+            await stream.done_writing()
+
+    asyncio.run(main())
+    lines = written.getvalue().splitlines()
+    for name, message in told.items():
+        assert message == f"the server failed on this request; its log says why, at request_id={name}"
+        assert any(line.startswith("ERROR ") and line.endswith(f" request_id={name}") for line in lines), name
+    assert len(told) == 6
+    assert sum(line == f"    RuntimeError: {SECRET}" for line in lines) == 7
+    assert all(re.match("ERROR |    ", line) for line in lines if line)  # nothing that was raised looks like a record
+
+
+def test_what_the_protocol_has_and_we_have_not_is_said_so(
+    make_bundle: Callable[..., Path], written: io.StringIO
+) -> None:
+    async def main() -> None:
+        service = Service(Settings(bundles=(str(make_bundle()),), threads=1))
+        door = GrpcServer(service, free_port())
+        async with grpc.aio.insecure_channel(await door.start()) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for method in ("TraceSetting", "LogSettings", "CudaSharedMemoryStatus", "SystemSharedMemoryStatus"):
+                with pytest.raises(grpc.aio.AioRpcError, match=f"{method} is not served: ") as caught:
+                    await getattr(stub, method)(getattr(service_pb2, f"{method}Request")())
+                assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        await door.stop(1.0)
+        service.encoders.stop()
+
+    asyncio.run(main())
+    assert written.getvalue() == ""
