@@ -1,7 +1,8 @@
 """How many replicas a load needs: the smallest number with which a simulation keeps the wanted p99.
 
-A replica's costs are given, or measured by closed loops on one of it: a and b are the line through the mean times of
-its network calls, and what a request takes beside them is the overhead. The simulation is `simulation`'s, of
+A replica's costs are given, or measured by closed loops of the same requests on one of it: a and b are the line through
+the mean times of its network calls, what passes between two of them is seen when there is always a next one, and what a
+request takes beside them is the overhead. The simulation is `simulation`'s, of
 at most `CELL` replicas: of a larger number a cell is simulated, with its share of the requests drawn at random.
 
 A request that is refused or late counts as one that takes forever, so "p99 within 300 ms" means that 99 of 100 requests
@@ -130,7 +131,7 @@ def most_of(load: Workload, replica: Replica) -> float:
     if load.trace:
         weights = np.bincount([kind for _, kind in load.trace], minlength=len(load.kinds)).astype(float)
     rows = np.array([_steps(kind, replica) * kind.num_images for kind in load.kinds])
-    a_row_s = replica.cost.seconds(replica.max_rows) / replica.max_rows
+    a_row_s = replica.period_s(replica.max_rows) / replica.max_rows
     return float(weights.sum() / max(weights @ rows * a_row_s, 1e-12))
 
 
@@ -152,7 +153,7 @@ def _steps(kind: Kind, replica: Replica) -> int:
 
 def _alone_ms(kind: Kind, replica: Replica) -> float:
     rounds, rest = divmod(kind.num_images, replica.max_rows)
-    calls = rounds * replica.cost.seconds(replica.max_rows) + (replica.cost.seconds(rest) if rest else 0.0)
+    calls = rounds * replica.period_s(replica.max_rows) + (replica.period_s(rest) if rest else 0.0)
     return replica.overhead_ms + 1000 * _steps(kind, replica) * calls
 
 
@@ -161,6 +162,7 @@ def _alone_ms(kind: Kind, replica: Replica) -> float:
 
 def measured(
     address: Address,
+    load: Workload,
     *,
     seconds: float = 2.0,
     max_rows: int | None = None,
@@ -171,32 +173,37 @@ def measured(
 
     Args:
         address: a server, or a bundle that runs here.
-        seconds: of each load: one client, a quarter of the rows, and twice as many as there are, each three times.
+        load: whose kinds of requests it is asked, without their deadlines.
+        seconds: of each loop: one client, a quarter of the rows, and twice as many as there are; three times in turn,
+            since a machine that is shared is slower for some time and then quicker.
         max_rows: of the replica to plan with; the measured one's when left out.
         max_waiting: of the replica to plan with.
-        on_round: is shown the middle one of the three.
+        on_round: is shown the middle one of each three.
 
     Raises:
         BenchError: it cannot be measured, or does not tell its network calls.
     """
-    first = _closed(address, 1, seconds)
-    on_round(first)
+    plain = Workload(clients=1, warmup_s=0.5, seconds=seconds)
+    first = _closed(address, plain)  # warms up, and tells
     have = max_rows or first["server"].get("max_rows")
     if have is None:
         raise BenchError(f"{address.target}: does not tell its rows: give --max-rows")
-    rounds = [first]
-    for clients in (max(2, have // 4), 2 * have):
-        rounds.append(_closed(address, clients, seconds))
-        on_round(rounds[-1])
-    rows, took_ms = (np.array([made["server"][name] for made in rounds]) for name in ("rows_per_call", "ms_per_call"))
-    steps = first["total"]["sample_steps_per_s"] / first["total"]["images_per_s"]
-    overhead_ms = first["total"]["latency_ms"]["mean"] - steps * first["server"]["ms_per_call"]
+    mixed = replace(plain, kinds=tuple(map(_without_deadline, load.kinds)), seed=load.seed)
+    loops = (plain, replace(mixed, clients=max(2, have // 4)), replace(mixed, clients=2 * have))
+    passes = [[_closed(address, loop) for loop in loops] for _ in range(3)]
+    alone, some, full = (sorted(made, key=_ms_per_call)[1] for made in zip(*passes, strict=True))
+    for made in (alone, some, full):
+        on_round(made)
+    rows = np.array([made["server"]["rows_per_call"] for made in (alone, some, full)])
+    steps = alone["total"]["sample_steps_per_s"] / alone["total"]["images_per_s"]
+    between_ms = _ms_per_call(full) * (1 / full["server"]["busy"] - 1)
     return Replica(
-        line(rows, took_ms),
+        line(rows, np.array([_ms_per_call(made) for made in (alone, some, full)])),
         have,
         max_waiting,
-        max(0.0, overhead_ms),
-        rounds[-1]["server"]["call_deviation_ms"] or 0.0,
+        max(0.0, alone["total"]["latency_ms"]["mean"] - steps * _ms_per_call(alone) - (steps - 1) * between_ms),
+        full["server"]["call_deviation_ms"] or 0.0,
+        max(0.0, between_ms),
         round(steps),
     )
 
@@ -209,16 +216,20 @@ def line(rows: NDArray[np.float64], took_ms: NDArray[np.float64]) -> Cost:
     return Cost(call_ms, row_ms) if call_ms >= 0 else Cost(0.0, float(rows @ took_ms / (rows @ rows)))
 
 
-def _closed(address: Address, clients: int, seconds: float) -> Round:
-    """The middle one of three: a machine may stand still for as long as one of them takes."""
-    rounds = []
-    for _ in range(3):
-        made = bench(address, Workload(clients=clients, warmup_s=0.5, seconds=seconds), is_quiet=True)
-        if not made["server"].get("ms_per_call"):
-            raise BenchError(
-                f"{address.target}: does not tell at /metrics what its network calls take; give the cost, such as 40+1"
-            )
-        if not made["total"]["sample_steps_per_s"]:
-            raise BenchError(f"{address.target}: does not tell the steps of a request that names none, by /v1/models")
-        rounds.append(made)
-    return sorted(rounds, key=lambda made: float(made["server"]["ms_per_call"]))[1]
+def _without_deadline(kind: Kind) -> Kind:
+    return replace(kind, fields={name: value for name, value in kind.fields.items() if name != "deadline_ms"})
+
+
+def _ms_per_call(made: Round) -> float:
+    return float(made["server"]["ms_per_call"])
+
+
+def _closed(address: Address, loop: Workload) -> Round:
+    made = bench(address, loop, is_quiet=True)
+    if not made["server"].get("ms_per_call"):
+        raise BenchError(
+            f"{address.target}: does not tell at /metrics what its network calls take; give the cost, such as 40+1"
+        )
+    if not made["total"]["sample_steps_per_s"]:
+        raise BenchError(f"{address.target}: does not tell the steps of a request that names none, by /v1/models")
+    return made

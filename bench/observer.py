@@ -1,6 +1,7 @@
 """The server from outside: its network calls from its metrics, CPU time and memory from the operating system."""
 
 import ssl
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
@@ -24,19 +25,21 @@ class Counts:
     rows: float  # moved by one step
     calls: float  # of the network
     busy_s: float  # in these
+    at_s: float  # when it was read
     max_rows: int | None = None
     deviation_s: float | None = None  # of a call from its mean cost
 
     def since(self, before: "Counts") -> "Counts":
         """What it did meanwhile."""
         done = self.rows - before.rows, self.calls - before.calls, self.busy_s - before.busy_s
-        return replace(self, rows=done[0], calls=done[1], busy_s=done[2])
+        return replace(self, rows=done[0], calls=done[1], busy_s=done[2], at_s=self.at_s - before.at_s)
 
     def for_report(self) -> dict[str, Any]:
         """Its words in a report."""
         return {
             "rows_per_call": self.rows / self.calls if self.calls else None,
             "ms_per_call": 1000 * self.busy_s / self.calls if self.calls else None,
+            "busy": self.busy_s / self.at_s if self.at_s else None,
             "max_rows": self.max_rows,
             "call_deviation_ms": None if self.deviation_s is None else 1000 * self.deviation_s,
         }
@@ -64,7 +67,9 @@ def counts(url: str, model: str, key: str | None = None, cafile: Path | None = N
         return None
     rows, calls, busy_us = (found[name] for name in _COUNTED)
     max_rows, deviation_s = (found.get(name) for name in _TOLD)
-    return Counts(rows, calls, busy_us / 1e6, None if max_rows is None else int(max_rows), deviation_s)
+    return Counts(
+        rows, calls, busy_us / 1e6, time.monotonic(), None if max_rows is None else int(max_rows), deviation_s
+    )
 
 
 class ProcessTree:

@@ -72,6 +72,7 @@ def plan(
         told.print(f"Measuring {target}: three loads, each three times {measure_s:g} s")
         replica = measured(
             address,
+            load,
             seconds=measure_s,
             max_rows=max_rows,
             max_waiting=max_waiting,

@@ -6,8 +6,9 @@ what a network call is said to cost:
 
     tick = engine.tick();  rows = next(tick);  later, at now + a + b * rows:  next(tick)                       (1)
 
-Arrivals are those that `generator` would send. What comes out is what it would have recorded, so the same report is
-made of both, and the two can be held against each other.
+and before the next tick passes what a server needs to hand out the answers. Arrivals are those that `generator` would
+send. What comes out is what it would have recorded, so the same report is made of both, and the two can be held against
+each other.
 """
 
 import heapq
@@ -34,6 +35,7 @@ from .workload import Kind, Workload
 Routing = Literal["least-loaded", "two-choices", "random", "round-robin"]
 ROUTINGS: tuple[Routing, ...] = get_args(Routing)
 MAX_STEPS = 128
+REFUSAL_S = 1e-3  # that a refusal takes at least, or a client that comes back would be refused for ever in one instant
 _ENDS = {QueueFull: "429", DeadlineInfeasible: "429", DeadlineExpired: "504"}  # as the server's HTTP says them
 
 
@@ -46,7 +48,12 @@ class Replica:
     max_waiting: int = 1024
     overhead_ms: float = 0.0  # of a request, beside its time in the engine: protocol, picture
     deviation_ms: float = 0.0  # of a tick from its cost, in the mean
+    between_ms: float = 0.0  # from the end of a tick to the start of the next one, while there is work
     default_steps: int = 4  # of a request that names none
+
+    def period_s(self, rows: int) -> float:
+        """From the start of a tick to that of the next one."""
+        return self.cost.seconds(rows) + self.between_ms / 1000
 
 
 def simulate(
@@ -117,7 +124,7 @@ class _Simulation:
             float(sum(getattr(engine.counters, name) for engine in self._engines))
             for name in ("row_steps", "ticks", "busy_s")
         )
-        counts = Counts(rows, calls, busy_s, self._replica.max_rows, self._replica.deviation_ms / 1000)
+        counts = Counts(rows, calls, busy_s, self._now_s, self._replica.max_rows, self._replica.deviation_ms / 1000)
         return Records(
             kind.astype(np.int64), meant, meant, done, error.astype(np.int64), tuple(self._error_of), 0.0, counts
         )
@@ -193,6 +200,7 @@ class _Simulation:
         if error is not None:
             name = _ENDS[type(error)]
             code = self._error_of.setdefault(name, len(self._error_of))
+            done_s = max(done_s, at_s + REFUSAL_S)
         self._records.append((kind, at_s, done_s, code))
         if then is not None:
             self._at(done_s, then)
@@ -222,7 +230,7 @@ class _Simulation:
 
     def _end(self, number: int, tick: Iterator[int]) -> None:
         next(tick, None)
-        self._start(number)
+        self._at(self._now_s + self._replica.between_ms / 1000, partial(self._start, number))
 
     def _took_s(self, rows: int) -> float:
         """A tick: its cost, or drawn from a gamma distribution with that mean."""

@@ -392,7 +392,9 @@ class InProcessTarget:
     def counts(self) -> Counts:
         """What the engine has done so far; see `observer`."""
         done, engine = self._engine.counters, self._engine
-        return Counts(done.row_steps, done.ticks, done.busy_s, engine.max_rows, engine.pace.deviation_s)
+        return Counts(
+            done.row_steps, done.ticks, done.busy_s, time.monotonic(), engine.max_rows, engine.pace.deviation_s
+        )
 
 
 _JSON = "Content-Type: application/json\r\n"

@@ -2,10 +2,13 @@
 
     python benchmarks/latency.py --json docs/results/latency.json
 
-``added``: one client, one image of four steps at a time, in the process, over OpenAI's HTTP, the Open Inference
-Protocol and gRPC, taking turns; what is added is the difference of medians within a round. The network runs on one
-thread everywhere, and the answer is encoded in the last three only, which is part of what they add. ``empty_ms`` is a
-call that only asks whether the server lives: the connection and the wake-ups of both processes on this machine.
+``added``: one image of four steps at a time, in the process, over OpenAI's HTTP, the Open Inference Protocol and gRPC, by
+turns from request to request, in an order drawn anew each time. What is added is the median, over the turns, of the
+difference to the call in the process of the same turn: what a machine that is shared does for a second, it does to all
+of them. The network runs on one thread everywhere, and the answer is encoded in the last three only, which is part of
+what they add. The clients block, and do as little as they can: the standard library's HTTP, and gRPC's own stub of
+Triton's service. ``empty_ms`` is a call that only asks whether the server lives: the connection and the wake-ups of
+both processes on this machine.
 
 ``ceiling``: a mix of 1, 4 and 16 steps on the **simulated** accelerator (40 + n ms a call, 32 rows) in a closed loop
 with 128 clients, over the images a second that full calls would give; and the one-step requests' latency in an open
@@ -13,32 +16,37 @@ loop at half of that ceiling.
 """
 
 import argparse
-import asyncio
 import json
+import random
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from fewstep.bench.http_client import HttpClient
+import numpy as np
+
 from fewstep.bench.report import Round, machine
 from fewstep.bench.run import address_of, bench
 from fewstep.bench.workload import Kind, workload
-from fewstep.runtime import Bundle
+from fewstep.runtime import Bundle, Engine, EngineThread, Request
 from fewstep.runtime.bundle import add_tables
 from fewstep.runtime.schedules import karras
 from fewstep.runtime.simulated import Cost
 from fewstep.runtime.solvers import ddim
 
 MIX = {1: 0.5, 4: 0.3, 16: 0.2}  # share of the requests by number of steps
+STEPS, PROMPT = 4, "Sneaker"
+WARM_UP = 20  # turns
 ROWS = 32
 CLIENTS = 128
 
@@ -46,16 +54,16 @@ CLIENTS = 128
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each load; simulated ones take five times that")
+    parser.add_argument("--turns", type=int, default=500, help="requests of each protocol")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each simulated load")
     parser.add_argument("--simulate", default="40+1")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
         "machine": machine(),
-        "added": added(options.rounds, options.seconds),
-        "ceiling": ceiling(options.simulate, 5 * options.seconds),
+        "added": added(options.turns),
+        "ceiling": ceiling(options.simulate, options.seconds),
     }
     print(json.dumps({name: result[name] for name in ("added", "ceiling")}, indent=2))
     if options.json:
@@ -63,55 +71,87 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def added(rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+def added(turns: int) -> dict[str, dict[str, Any]]:
     """Median latency by protocol, and what it is above the call in the process, in milliseconds."""
-    bundle = Bundle.load()
-    load = workload(clients=1, seconds=seconds)
-    load = replace(load, kinds=(Kind("steps=4", 1.0, {"steps": 4, "prompt": "Sneaker"}),))
-    medians: dict[str, list[float]] = {}
-    empty: dict[str, list[float]] = {}
-    with served(bundle.path, "--threads", "1", grpc=True) as (url, grpc_url):
-        addresses = {
-            "in-process": address_of(bundle.name, "in-process", threads=1),
-            "openai": address_of(url, "openai"),
-            "http": address_of(url, "http", model=bundle.name),
-            "grpc": address_of(grpc_url, "grpc", model=bundle.name),
-        }
-        for _ in range(rounds):
-            for name, address in addresses.items():
-                medians.setdefault(name, []).append(p(bench(address, load, is_quiet=True), "steps=4", "p50"))
-            for name, taken_ms in asyncio.run(empty_calls(url, grpc_url)).items():
-                empty.setdefault(name, []).append(taken_ms)
-    result: dict[str, dict[str, Any]] = {}
-    for name, each in medians.items():
-        over = [a - b for a, b in zip(each, medians["in-process"], strict=True)]
-        result[name] = {"p50_ms": statistics.median(each), "added_ms": statistics.median(over), "rounds_ms": over}
-        if name in empty:
-            result[name]["empty_ms"] = statistics.median(empty[name])
-    return result
-
-
-async def empty_calls(url: str, grpc_url: str, num: int = 100) -> dict[str, float]:
-    """Medians of a call without work, with the pauses that a network of 15 ms makes; in milliseconds."""
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-    client = HttpClient(url, {}, None)
-    async with grpc.aio.insecure_channel(grpc_url.removeprefix("grpc://")) as channel:
+    bundle = Bundle.load()
+    model, labels = bundle.name, bundle.manifest.labels
+    assert labels is not None
+    engine = Engine(bundle, threads=1)
+    tableau, label = engine.tableau(None, STEPS), labels.parse(PROMPT)
+    thread = EngineThread([engine])
+    thread.start()
+    with served(bundle.path, "--threads", "1", grpc=True) as (url, grpc_url):
+        http = HTTPConnection(url.removeprefix("http://"))
+        http.connect()
+        http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        channel = grpc.insecure_channel(grpc_url.removeprefix("grpc://"))
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        calls: dict[str, Callable[[], Awaitable[Any]]] = {
-            "http": lambda: client.request("GET", "/v2/health/live"),
-            "grpc": lambda: stub.ServerLive(service_pb2.ServerLiveRequest()),
-        }
+
+        def ask(method: str, path: str, body: Any = None) -> None:
+            http.request(method, path, json.dumps(body) if body else None)
+            answer = http.getresponse()
+            said = answer.read()
+            assert answer.status == 200, said
+
+        def in_process(seed: int) -> None:
+            engine.submit([Request(seed, tableau, label)])[0].result()
+
+        def openai(seed: int) -> None:
+            body = {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": seed}
+            ask("POST", "/v1/images/generations", body)
+
+        def kserve(seed: int) -> None:
+            values = (("PROMPT", "BYTES", PROMPT), ("STEPS", "INT32", STEPS), ("SEED", "UINT64", seed))
+            inputs = [{"name": name, "datatype": kind, "shape": [1], "data": [value]} for name, kind, value in values]
+            ask("POST", f"/v2/models/{model}/infer", {"inputs": inputs})
+
+        def kserve_grpc(seed: int) -> None:
+            request = service_pb2.ModelInferRequest(model_name=model)
+            inputs = [request.inputs.add(name=name, shape=[1]) for name in ("PROMPT", "STEPS", "SEED")]
+            for tensor, kind in zip(inputs, ("BYTES", "INT32", "UINT64"), strict=True):
+                tensor.datatype = kind
+            inputs[0].contents.bytes_contents.append(PROMPT.encode())
+            inputs[1].contents.int_contents.append(STEPS)
+            inputs[2].contents.uint64_contents.append(seed)
+            stub.ModelInfer(request)
+
+        def live(_: int) -> None:
+            ask("GET", "/v2/health/live")
+
+        def live_grpc(_: int) -> None:
+            stub.ServerLive(service_pb2.ServerLiveRequest())
+
+        calls = {
+            "in-process": in_process, "openai": openai, "http": kserve, "grpc": kserve_grpc,
+            "empty http": live, "empty grpc": live_grpc,
+        }  # fmt: skip
         taken: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(num):
-            for name, call in calls.items():
-                await asyncio.sleep(0.015)
+        order, rng = list(calls), random.Random(0)
+        for turn in range(-WARM_UP, turns):
+            rng.shuffle(order)
+            for name in order:
+                if name.startswith("empty"):
+                    time.sleep(0.015)  # as long as the others wait for the network
                 start_s = time.perf_counter()
-                await call()
-                taken[name].append(1000 * (time.perf_counter() - start_s))
-    client.close()
-    return {name: statistics.median(each) for name, each in taken.items()}
+                calls[name](turn + WARM_UP)
+                if turn >= 0:
+                    taken[name].append(1000 * (time.perf_counter() - start_s))
+        http.close()
+        channel.close()
+    thread.stop()
+    result: dict[str, dict[str, Any]] = {}
+    for name in ("in-process", "openai", "http", "grpc"):
+        over = [one - other for one, other in zip(taken[name], taken["in-process"], strict=True)]
+        result[name] = {
+            "turns": turns, "p50_ms": statistics.median(taken[name]), "added_ms": statistics.median(over),
+            "fifths_ms": [statistics.median(part) for part in np.array_split(over, 5)],
+        }  # fmt: skip
+    for name in ("http", "grpc"):
+        result[name]["empty_ms"] = statistics.median(taken[f"empty {name}"])
+    return result
 
 
 def ceiling(simulate: str, seconds: float) -> dict[str, Any]:
@@ -119,7 +159,7 @@ def ceiling(simulate: str, seconds: float) -> dict[str, Any]:
     cost = Cost.parse(simulate)
     steps = sum(number * share for number, share in MIX.items())
     most = ROWS / cost.seconds(ROWS) / steps  # images a second
-    kinds = tuple(Kind(f"steps={n}", share, {"steps": n, "prompt": "Sneaker"}) for n, share in MIX.items())
+    kinds = tuple(Kind(f"steps={n}", share, {"steps": n, "prompt": PROMPT}) for n, share in MIX.items())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(shutil.copytree(Bundle.load().path, Path(folder) / "student"))
         add_tables(path, [ddim(karras(16))])

@@ -76,6 +76,19 @@ def test_the_better_the_router_knows_the_replicas_the_shorter_is_the_tail() -> N
     assert p99["round-robin"] < 0.9 * p99["random"]
 
 
+def test_what_passes_between_two_ticks_is_the_next_ones_loss_and_not_the_answers() -> None:
+    """Two requests of one step that come together, one row: the second waits for the first and for what is between."""
+    load = workload("steps=1", rate=0.02, arrivals="burst", burst=2, warmup_s=0, seconds=500)
+    records = simulate(load, Replica(Cost(40, 0), max_rows=1, between_ms=5), 1)
+    assert sorted(set(np.round(1000 * (records.done - records.meant), 3))) == [40, 85]
+
+
+def test_clients_who_are_refused_in_a_closed_loop_come_back_later() -> None:
+    records = simulate(workload("steps=4", clients=40, seconds=2), Replica(Cost(40, 1), 8, 8), 1)
+    assert records.errors == ("429",)
+    assert (records.error < 0).sum() > 10
+
+
 def test_a_cell_of_many_replicas_stands_for_all_of_them() -> None:
     load, replica = workload(MIX, rate=12 * 100, warmup_s=1, seconds=5), Replica(Cost(40, 1))
     whole = latencies_ms(load, simulate(load, replica, 12, "random"))
@@ -154,12 +167,13 @@ def test_a_real_engine_takes_as_long_within_15_percent(make_bundle: Callable[...
 def test_what_a_replica_costs_is_measured(make_bundle: Callable[..., Path]) -> None:
     """A call's time is in it, and what the machine adds; nothing less can be."""
     address = address_of(str(make_bundle()), simulate="20+1", threads=1)
-    replica = measured(address, seconds=0.4, max_waiting=64)
+    replica = measured(address, workload("steps=1, steps=4 deadline_ms=1"), seconds=0.4, max_waiting=64)
     assert replica.max_rows == 16
     assert replica.max_waiting == 64
     assert replica.default_steps == 4
     assert 0.99 * 36 <= 1000 * replica.cost.seconds(16) < 3 * 36
     assert 0 <= replica.overhead_ms < 40
+    assert 0 < replica.between_ms < 36
 
 
 def test_the_line_through_measured_calls() -> None:
