@@ -122,6 +122,7 @@ def _show(
     grid = Table(show_header=False, box=None, pad_edge=False)
     noise = f", {replica.deviation_ms:.3g} ms from that in the mean" if replica.deviation_ms else ""
     cost = f"{replica.cost.call_ms:.4g} + {replica.cost.row_ms:.4g} n ms for a call on n rows{noise}; "
+    cost += f"{replica.between_ms:.3g} ms between two; " if replica.between_ms else ""
     cost += f"{replica.max_rows} rows; {replica.overhead_ms:.3g} ms a request beside them"
     told = load.describe()
     burst = f" of {told['burst']}" if "burst" in told else ""

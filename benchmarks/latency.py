@@ -2,8 +2,8 @@
 
     python benchmarks/latency.py --json docs/results/latency.json
 
-``added``: one image of four steps at a time, in the process, over OpenAI's HTTP, the Open Inference Protocol and gRPC, by
-turns from request to request, in an order drawn anew each time. What is added is the median, over the turns, of the
+``added``: one image of four steps at a time, in the process, over OpenAI's HTTP, the Open Inference Protocol and gRPC,
+by turns from request to request, in an order drawn anew each time. What is added is the median, over the turns, of the
 difference to the call in the process of the same turn: what a machine that is shared does for a second, it does to all
 of them. The network runs on one thread everywhere, and the answer is encoded in the last three only, which is part of
 what they add. The clients block, and do as little as they can: the standard library's HTTP, and gRPC's own stub of
