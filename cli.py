@@ -603,7 +603,7 @@ def export(
     ] = False,
     precision: Annotated[
         str | None,
-        typer.Option(help="BUNDLE: float32, float16, bfloat16, int8, int8-cpu, with commas."),
+        typer.Option(help="BUNDLE: float32, float16, bfloat16, int8, int8-cpu, with commas. --triton: what runs."),
     ] = None,
     flavour: Annotated[str, typer.Option(help="--tensorrt: rtx or full.")] = "rtx",
     batch: Annotated[str, typer.Option(help="--tensorrt: smallest, usual and largest number of rows.")] = "1,8,64",
@@ -624,6 +624,7 @@ def export(
     max_rows: Annotated[int, typer.Option(min=1, help="--triton: samples that run together in an instance.")] = 16,
     instances: Annotated[int, typer.Option(min=1, help="--triton: processes that run the student.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="--triton: CPU threads of one network call.")] = None,
+    device: Annotated[str | None, typer.Option(help="--triton: cpu, cuda or tensorrt.", show_default="cpu")] = None,
 ) -> None:
     """Turn a trained network into a bundle, add precisions and TensorRT engines to one, or give one to Triton.
 
@@ -631,8 +632,8 @@ def export(
     """
     if repository is not None:
         folder = _export_to_triton(
-            source, repository, variant, solver, steps, tensorrt, name=name, is_decoupled=decoupled, max_rows=max_rows,
-            instances=instances, threads=threads, replace=replace,
+            source, repository, variant, solver, steps, tensorrt, device, precision, name=name, is_decoupled=decoupled,
+            max_rows=max_rows, instances=instances, threads=threads, replace=replace,
         )  # fmt: skip
         if tensorrt:
             print(f"{folder}: written; fewstep triton check {repository} says how its plan is made")
@@ -669,20 +670,30 @@ def _export_to_triton(
     solver: str | None,
     steps: int | None,
     is_tensorrt: bool,
+    device: str | None,
+    precision: str | None,
     *,
     is_decoupled: bool,
     **common: Any,
 ) -> Path:
     from .deploy.triton_repository import VARIANTS, write_model
     from .runtime import Bundle
+    from .runtime.gpu_backends import DEVICES
 
     bundle = Bundle.load(source)
     _one_of("--variant", variant, (*VARIANTS, "graph"))
     if variant != "graph":
         if is_tensorrt:
-            _stop(f"--tensorrt: Triton's Python backend runs {variant}; a graph for TensorRT is --variant graph")
+            _stop(f"--tensorrt: is for --variant graph; what runs {variant} on TensorRT is --device tensorrt")
         chosen = _one_of("--variant", variant, VARIANTS)
-        return write_model(bundle, repository, variant=chosen, is_decoupled=is_decoupled, **common)
+        where = _one_of("--device", device or "cpu", DEVICES)
+        return write_model(
+            bundle, repository, variant=chosen, is_decoupled=is_decoupled, device=where,
+            precision=precision or "float32", **common,
+        )  # fmt: skip
+    for flag, said in (("--device", device), ("--precision", precision)):
+        if said is not None:
+            _stop(f"{flag}: a graph is float32, and Triton chooses where it runs; leave it out")
     _need_torch("export --variant graph")
     from .deploy.triton_graph import write_graph_model
 

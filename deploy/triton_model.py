@@ -13,6 +13,7 @@ two, without them for sequences.
 
 import base64
 import json
+import os
 import queue
 import threading
 import time
@@ -26,7 +27,9 @@ import numpy as np
 import triton_python_backend_utils as pb  # Triton's; it exists in its processes alone
 
 from ..runtime import Bundle, Engine, EngineThread, Preview, RequestError, Sample, SampleFailed
+from ..runtime.backends import BackendError
 from ..runtime.call import INPUTS, NAMES, CallError, in_words, outputs_of, requests_of
+from ..runtime.gpu_backends import backend_on
 
 _CANCEL_S = 0.1  # between looks at whether clients went away; a look is a question to Triton's other process
 _FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -128,9 +131,17 @@ class Student:
         self.is_decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled"))
         threads = int(said.get("threads") or 0) or None
         try:
+            if said["device"] != "cpu":
+                _see_one_gpu(args)
             bundle = Bundle.load(folder / "bundle")
-            # Waiting is Triton's work; the engine's line only keeps its slots full.
-            self.engine = Engine(bundle, max_rows=self.max_rows, max_waiting=1 << 20, threads=threads)
+            self.engine = Engine(
+                bundle,
+                max_rows=self.max_rows,
+                max_waiting=1 << 20,  # waiting is Triton's work; the engine's line only keeps its slots full
+                threads=threads,
+                precision=said["precision"],
+                backend=backend_on(said["device"]),
+            )
             self.engine.warm_up()
         except Exception as error:  # whatever it is: Triton's log gets one line
             raise pb.TritonModelException(f"{args['model_name']}: {' '.join(str(error).split())}") from None
@@ -150,6 +161,20 @@ class Student:
         except (ValueError, RequestError) as error:
             return _refusal(error)
         return None
+
+
+def _see_one_gpu(args: dict[str, str]) -> None:
+    """Make the GPU that Triton gave to this instance the only one of its process, before a library asks for one.
+
+    Raises:
+        BackendError: it gave none.
+    """
+    if args["model_instance_kind"] != "GPU":
+        told = f"its device is a GPU, but this instance is of KIND_{args['model_instance_kind']}"
+        raise BackendError(f"{told}; export the model again with --replace")
+    gpu = args["model_instance_device_id"]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(gpu)] if seen else gpu
 
 
 def model_of(args: dict[str, str]) -> "Inflight | Loop | Iterative":

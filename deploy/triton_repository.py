@@ -23,17 +23,22 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ..runtime import Bundle
 from ..runtime.call import INPUTS, OUTPUTS, PRIORITY_LEVELS
+from ..runtime.gpu_backends import DeviceName
 
 Variant = Literal["inflight", "iterative", "loop"]
 VARIANTS: tuple[Variant, ...] = ("inflight", "iterative", "loop")  # beside these there is `triton_graph`
 REQUIREMENTS = ("numpy", "onnxruntime", "pydantic", "safetensors", "pillow")  # by what they are installed as
+_ON_A_GPU: dict[DeviceName, tuple[str, str]] = {  # in the place of onnxruntime; of the CUDA that the server has
+    "cuda": ("onnxruntime-gpu", "cupy-cuda12x"),
+    "tensorrt": ("onnxruntime", "cupy-cuda12x"),
+}
 CONFIG, MODEL, BUNDLE, GRAPH, PLAN = "config.pbtxt", "model.py", "bundle", "model.onnx", "model.plan"
 GRAPH_CASES = f"{GRAPH}.cases.safetensors"  # requests, with the engine's pixels
 CORES = "fewstep-cores"  # the rate limiter's name for CPU threads
 _PACKAGE = Path(__file__).parents[1]
 _CARRIED = ("kernels", "runtime", "deploy")
 _LEFT = shutil.ignore_patterns(
-    "__pycache__", "embedded", "*.cu", "triton_[grs]*.py", "ray_app.py", "kubernetes", "*.txt"
+    "__pycache__", "embedded", "update.cu", "triton_[grs]*.py", "ray_app.py", "kubernetes", "*.txt"
 )
 
 _MODEL = '''"""A few-step diffusion student; see fewstep/deploy/triton_model.py."""
@@ -54,7 +59,7 @@ class TritonPythonModel:
         if sys.version_info < (3, 11):
             raise pb.TritonModelException(f"{where} is too old: students need Python 3.11 or newer")
         try:
-            import numpy
+            import IMPORTED
 
             numbers = numpy.arange(90210, 90214)
             if list(pb.Tensor.from_dlpack("x", pb.Tensor("x", numbers)).as_numpy()) != list(numbers):
@@ -62,6 +67,9 @@ class TritonPythonModel:
                 raise pb.TritonModelException(f"{where} {told}")
             from fewstep.deploy.triton_model import model_of
         except ImportError as error:
+            if (error.name or "").startswith("fewstep"):
+                told = f"{args['model_version']}/fewstep is not whole ({error}); export the model again with --replace"
+                raise pb.TritonModelException(f"{args['model_name']}: {told}") from None
             told = f"lacks what the student needs ({error}): pip install REQUIREMENTS"
             raise pb.TritonModelException(f"{where} {told}") from None
         self._model = model_of(args)
@@ -90,6 +98,8 @@ def write_model(
     max_rows: int = 16,
     instances: int = 1,
     threads: int | None = None,
+    device: DeviceName = "cpu",
+    precision: str = "float32",
     replace: bool = False,
 ) -> Path:
     """Write a student as a model of a repository.
@@ -101,23 +111,36 @@ def write_model(
         name: of the model; the student's when left out.
         is_decoupled: answer in several responses, previews among them; then only streams can ask.
         max_rows: samples that run together in an instance.
-        instances: processes, each with an engine of its own.
+        instances: processes, each with an engine of its own; on a GPU, so many on each that the server has.
         threads: CPU threads of one network call; the machine's cores when left out.
+        device: see `gpu_backends.backend_on`.
+        precision: of the network on the CPU, one that the bundle has.
         replace: take the place of a model of this name.
 
     Returns:
         The model's folder.
 
     Raises:
-        RepositoryError: it is there already, or the name is none that Triton takes.
+        RepositoryError: it is there already, or the name is none that Triton takes; or the bundle has nothing for the
+            device.
+        BundleError: it has no such precision.
     """
     name = name or bundle.name
-    said = {"variant": variant, "max_rows": str(max_rows), **({"threads": str(threads)} if threads else {})}
+    if device != "cpu":
+        _refuse_misfit(bundle, device, precision, threads)
+    bundle.network_in(precision)
+    said = {
+        "variant": variant,
+        "max_rows": str(max_rows),
+        "device": device,
+        "precision": precision,
+        **({"threads": str(threads)} if threads else {}),
+    }
     config = model_config(bundle, name, variant, is_decoupled, max_rows, instances, said)
     with new_model(repository, name, replace) as folder:
         (folder / "1").mkdir()
         (folder / CONFIG).write_text(config, "utf-8")
-        (folder / "1" / MODEL).write_text(_MODEL.replace("REQUIREMENTS", " ".join(REQUIREMENTS)), "utf-8")
+        (folder / "1" / MODEL).write_text(_model_file(device), "utf-8")
         shutil.copytree(bundle.path, folder / "1" / BUNDLE)
         carried = folder / "1" / "fewstep"
         carried.mkdir()
@@ -125,6 +148,24 @@ def write_model(
         for part in _CARRIED:
             shutil.copytree(_PACKAGE / part, carried / part, ignore=_LEFT)
     return repository / name
+
+
+def _refuse_misfit(bundle: Bundle, device: DeviceName, precision: str, threads: int | None) -> None:
+    for flag, is_said in (("--precision", precision != "float32"), ("--threads", threads is not None)):
+        if is_said:
+            raise RepositoryError(f"{flag}: is the CPU's choice; leave it out with --device {device}")
+    if device == "tensorrt" and all(engine.graph != "step" for engine in bundle.manifest.engines.values()):
+        how = f"fewstep export {bundle.name} -o FOLDER --tensorrt"
+        raise RepositoryError(f"--device: {bundle.name} has no TensorRT engine; {how} builds one into a bundle")
+
+
+def _model_file(device: DeviceName) -> str:
+    packages, imported = list(REQUIREMENTS), "numpy"
+    if device != "cpu":
+        at = packages.index("onnxruntime")
+        packages[at : at + 1] = _ON_A_GPU[device]
+        imported += ", cupy"
+    return _MODEL.replace("REQUIREMENTS", " ".join(packages)).replace("IMPORTED", imported)
 
 
 @contextmanager
@@ -171,6 +212,7 @@ def model_config(
         outputs += [("INDEX", "INT32", [1]), ("STEP", "INT32", [1]), ("IS_PREVIEW", "BOOL", [1])]
     # What `inflight` works on does not show: its execute() returns at once.
     limited = int(parameters.get("threads", 0)) if variant != "inflight" else None
+    kind = "KIND_CPU" if parameters["device"] == "cpu" else "KIND_GPU"
     config: dict[str, Any] = {
         "name": name,
         "backend": "python",
@@ -179,7 +221,7 @@ def model_config(
             {"name": one, "data_type": _type(kind), "dims": [1], "optional": True} for one, kind in INPUTS.items()
         ],
         "output": [{"name": one, "data_type": _type(kind), "dims": dims} for one, kind, dims in outputs],
-        "instance_group": [{"kind": "KIND_CPU", "count": instances} | cores(limited)],
+        "instance_group": [{"kind": kind, "count": instances} | cores(limited)],
         "model_transaction_policy": {"decoupled": is_decoupled},
         "version_policy": {"latest": {"num_versions": 1}},
         "parameters": {key: {"string_value": value} for key, value in parameters.items()},

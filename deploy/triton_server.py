@@ -51,6 +51,7 @@ _REQUIREMENTS = Path(__file__).with_name("triton-requirements.txt")
 _STAMP = "ready"
 _PYTHONS = ((3, 11), (3, 12))  # those that numpy 1.26 and today's ONNX Runtime are both built for
 _CONCURRENT = 16
+_GPU_LEVELS = 8  # of 255, by which a GPU's pixels may differ from the CPU's: an allowance, not run on a GPU yet
 
 
 class TritonError(RuntimeError):
@@ -203,6 +204,8 @@ class Model:
     is_decoupled: bool
     version: Path  # the folder that Triton serves
     bundle: Bundle | None  # None: a graph, which no Python runs
+    device: str = "cpu"
+    precision: str = "float32"  # of the network on the CPU
 
 
 def read_repository(repository: Path) -> list[Model]:
@@ -250,7 +253,9 @@ def _read_model(folder: Path) -> Model:
         bundle = Bundle.load(version / BUNDLE)
     except BundleError as error:
         raise RepositoryError(str(error)) from None
-    return Model(folder.name, variant, "python", config.model_transaction_policy.decoupled, version, bundle)
+    is_decoupled = config.model_transaction_policy.decoupled
+    device, precision = (config.parameters[name].string_value for name in ("device", "precision"))
+    return Model(folder.name, variant, "python", is_decoupled, version, bundle, device, precision)
 
 
 def refuse_without_backend(models: Sequence[Model], environment: Environment) -> None:
@@ -292,15 +297,21 @@ def running(
     ports = [f"--http-port={http}", f"--grpc-port={grpc}", "--allow-metrics=false"]
     ports.append("--model-load-thread-count=1")  # nine loaded at once were seen not to come up, once
     ports.append("--exit-timeout-secs=3")  # a request whose client left may never end
+    ports.append("--disable-auto-complete-config")  # for which Triton would start each model's Python twice
     local = ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1"]
     command = environment.command(repository, [*ports, *local, *arguments])
+    with process_of(command, {**environment.variables(), **(variables or {})}, http, log, timeout_s):
+        yield f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
+
+
+@contextlib.contextmanager
+def process_of(
+    command: Sequence[str], variables: Mapping[str, str], http: int, log: Path, timeout_s: float = 120
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The process of a command that serves at a port of HTTP, once it is ready; see `running`."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            command,
-            env={**environment.variables(), **(variables or {})},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
         end_s = time.monotonic() + timeout_s
@@ -310,7 +321,7 @@ def running(
             if time.monotonic() > end_s:
                 raise TritonError(f"Triton was not ready within {timeout_s:g} s: {_first_error(log)}")
             time.sleep(0.1)
-        yield f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
+        yield process
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -352,10 +363,12 @@ class Verdict:
         return self.alone == self.together == self.asked
 
 
-def cases(bundle: Bundle, seeds: Sequence[int] = (0, 7, 2**63)) -> list[Case]:
-    """Requests of every solver and number of steps of a student, with the engine's pixels."""
+def cases(
+    bundle: Bundle, seeds: Sequence[int] = (0, 7, 2**63), *, precision: str = "float32", levels: int = 0
+) -> list[Case]:
+    """Requests of every solver and number of steps of a student, with the pixels of the engine on the CPU."""
     labels = bundle.manifest.labels
-    engine = Engine(bundle)
+    engine = Engine(bundle, precision=precision)
     wanted = [
         Request(seed, tableau, (i + j) % len(labels.names) if labels else None)
         for i, tableau in enumerate(bundle.tableaus.values())
@@ -370,7 +383,8 @@ def cases(bundle: Bundle, seeds: Sequence[int] = (0, 7, 2**63)) -> list[Case]:
             **({} if one.label is None else {"LABEL": np.array([[one.label]], np.int64)}),
         }
 
-    return [Case(inputs(one), sample.to_uint8()) for one, sample in zip(wanted, engine.generate(wanted), strict=True)]
+    samples = engine.generate(wanted)
+    return [Case(inputs(one), sample.to_uint8(), levels) for one, sample in zip(wanted, samples, strict=True)]
 
 
 def graph_cases(version: Path) -> list[Case]:
@@ -435,7 +449,11 @@ def check(
             _, address = stack.enter_context(running(environment, repository, place / "log", arguments=which))
         for model in asked:
             assert address is not None
-            wanted = cases(model.bundle) if model.bundle else graph_cases(model.version)
+            if model.bundle is None:
+                wanted = graph_cases(model.version)
+            else:
+                levels = 0 if model.device == "cpu" else _GPU_LEVELS
+                wanted = cases(model.bundle, precision=model.precision, levels=levels)
             yield model, check_model(address, model, wanted)
 
 

@@ -11,17 +11,25 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnxruntime
 
 from ..kernels.cuda import CudaError
-from .backends import DTYPES, BackendError
+from .backends import DTYPES, Backend, BackendError
 from .bundle import Bundle
 from .devices import Array, Cuda
 
 log = logging.getLogger("fewstep")
+
+DeviceName = Literal["cpu", "cuda", "tensorrt"]
+DEVICES: tuple[DeviceName, ...] = get_args(DeviceName)
+
+
+def backend_on(device: DeviceName) -> Callable[[Bundle, int], Backend] | None:
+    """What makes the networks of an `Engine` on a device; None is ONNX Runtime on the CPU."""
+    return {"cpu": None, "cuda": OnnxCudaBackend, "tensorrt": TensorRTBackend}[device]
 
 
 class OnnxCudaBackend:

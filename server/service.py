@@ -9,13 +9,13 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from ..runtime import Bundle, BundleError, Engine, EngineThread, TableauError
-from ..runtime.backends import Backend
 from ..runtime.bundle import MANIFEST
+from ..runtime.gpu_backends import backend_on
 from ..runtime.simulated import Cost, simulated
 from .encoders import Encoders
 from .errors import ApiError
@@ -254,7 +254,7 @@ class Service:
             max_waiting=max(1, min(settings.max_waiting, settings.max_waiting_pixels // (height * width))),
             threads=settings.threads,
             precision=settings.precision,
-            backend=_backend(settings),
+            backend=simulated(settings.simulate) if settings.simulate else backend_on(settings.device),
             ageing_s=settings.ageing_s,
             weight=settings.student_weights.get(bundle.name, 1.0),
         )
@@ -280,14 +280,3 @@ def _alias_of(parameters: Mapping[str, Any]) -> Any:
         return None
     alias = config.get("alias") if isinstance(config, dict) else None
     return {alias: 1.0} if isinstance(alias, str) else alias
-
-
-def _backend(settings: Settings) -> Callable[[Bundle, int], Backend] | None:
-    """What makes the networks; None is ONNX Runtime on the CPU."""
-    if settings.simulate:
-        return simulated(settings.simulate)
-    if settings.device == "cpu":
-        return None
-    from ..runtime.gpu_backends import OnnxCudaBackend, TensorRTBackend
-
-    return OnnxCudaBackend if settings.device == "cuda" else TensorRTBackend

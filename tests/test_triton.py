@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -18,8 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
+import lazy_cuda
 import numpy as np
 import onnx
 import onnxruntime
@@ -27,6 +30,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from google.protobuf import text_format
+from google.protobuf.json_format import MessageToJson
 from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
@@ -47,7 +51,8 @@ from fewstep.deploy.triton_server import (
     running,
 )
 from fewstep.export.engines import build_engine, tensorrt_of
-from fewstep.runtime import Bundle, Engine, Request
+from fewstep.runtime import Bundle, BundleError, Engine, Request
+from fewstep.runtime.gpu_backends import OnnxCudaBackend
 
 Pixels = NDArray[np.uint8]
 Serving = Callable[..., AbstractContextManager[tuple[Any, tuple[str, int]]]]
@@ -562,6 +567,67 @@ def test_a_graph_of_a_student_that_calls_its_network_twice_is_refused(
 ) -> None:
     with pytest.raises(RepositoryError, match="digits-guided calls its network twice a step: it has no whole-sampler"):
         write_graph_model(Bundle.load(make_bundle(is_guided=True)), tmp_path / "repository")
+
+
+# --- on a GPU
+
+
+def initialized(module: ModuleType, folder: Path, kind: str, gpu: str) -> Any:
+    """What the model's ``initialize`` makes, told as Triton tells it."""
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
+    instance = {"model_instance_kind": kind, "model_instance_device_id": gpu}
+    told = MessageToJson(config, preserving_proto_field_name=True)
+    name, where = folder.name, str(folder)
+    return module.Student(
+        {"model_config": told, "model_name": name, "model_repository": where, "model_version": "1", **instance}
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_a_model_for_a_gpu_runs_on_the_one_that_triton_gives_it(
+    make_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On `lazy_cuda`'s stand-in for the GPU, to the CPU's bits; not run on a GPU yet."""
+    bundle = Bundle.load(make_bundle())
+    folder = write_model(bundle, tmp_path / "repository", device="cuda", max_rows=2, instances=3)
+    (group,) = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig()).instance_group
+    assert (group.kind, group.count, list(group.gpus)) == (group.KIND_GPU, 3, [])  # three on each GPU of the server
+    assert "pip install numpy onnxruntime-gpu cupy-cuda12x pydantic" in (folder / "1" / "model.py").read_text()
+    assert (folder / "1" / "fewstep" / "kernels" / "cuda.cu").is_file()
+    utils: Any = ModuleType("triton_python_backend_utils")
+    utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL = utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE = 0
+    utils.TritonModelException = RuntimeError
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    module = importlib.import_module("fewstep.deploy.triton_model")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    with pytest.raises(RuntimeError, match=r"^digits: its device is a GPU, but this instance is of KIND_CPU"):
+        initialized(module, folder, "CPU", "0")
+    with lazy_cuda.installed(tmp_path):
+        monkeypatch.setattr(onnxruntime, "InferenceSession", lazy_cuda.CudaSession)
+        engine = initialized(module, folder, "GPU", "1").engine
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+        requests = [Request(seed, bundle.tableau("dpmpp_2m", 3), seed) for seed in range(5)]
+        there = engine.generate(requests)
+    here = Engine(bundle, max_rows=2, threads=1).generate(requests)
+    assert isinstance(engine._backend, OnnxCudaBackend)
+    assert [one.pixels.tobytes() for one in there] == [one.pixels.tobytes() for one in here]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"device": "tensorrt"}, r"--device: digits has no TensorRT engine; fewstep export digits -o FOLDER --ten"),
+        ({"device": "cuda", "precision": "float16"}, r"--precision: is the CPU's choice; leave it out with --device"),
+        ({"device": "cuda", "threads": 2}, r"--threads: is the CPU's choice; leave it out with --device cuda"),
+        ({"precision": "int8"}, r"precision: digits has float32, not 'int8'; fewstep export digits -o FOLDER --prec"),
+    ],
+)
+def test_a_device_or_precision_that_the_student_has_not_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path, how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((RepositoryError, BundleError), match=f"^{message}"):
+        write_model(Bundle.load(make_bundle()), tmp_path / "repository", **how)
+    assert not (tmp_path / "repository").exists()
 
 
 # --- what cannot be served
