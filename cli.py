@@ -79,11 +79,16 @@ def serve(
         str | None, typer.Option(help="A+B: simulate an accelerator whose call on n rows takes A + B n ms.")
     ] = None,
     access_log: Annotated[bool | None, typer.Option("--access-log", help="Log each request.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting, such as max_images=8; may be given again."),
+    ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the settings, and do not serve.")] = False,
 ) -> None:
     """Serve students over HTTP and gRPC.
 
-    Every setting can also stand in the TOML file, or in the environment as FEWSTEP_ and its name in capitals.
+    Every setting that --print-config prints can be said after --set, stand in the TOML file, or in the environment as
+    FEWSTEP_ and its name in capitals.
 
     Then, from anywhere:
 
@@ -100,7 +105,7 @@ def serve(
         "tls_keyfile": tls_keyfile, "simulate": simulate,
         "device": device, "precision": precision,
     }  # fmt: skip
-    settings = Settings.load(config, flags, os.environ)
+    settings = Settings.load(config, flags, os.environ, set_ or ())
     if print_config:
         print(settings.to_toml(), end="")
     else:

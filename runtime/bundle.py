@@ -12,7 +12,7 @@ this network. Nothing in a bundle is executed and nothing is unpickled.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -183,6 +183,7 @@ class Bundle:
     manifest: Manifest
     path: Path
     tableaus: Mapping[tuple[str, int], Tableau]  # by solver name and number of steps
+    max_steps: int | None = None  # of a table; see `within`
 
     @property
     def name(self) -> str:
@@ -211,6 +212,18 @@ class Bundle:
             raise BundleError(f"precision: {self.name} has {listed}, not {precision!r}; {how} adds it")
         return self.path / f"{prefix}{precision}{suffix}"
 
+    def within(self, max_steps: int) -> "Bundle":
+        """The same student without its tables of more steps, which are not taken from elsewhere either.
+
+        Raises:
+            BundleError: its default table is one of them.
+        """
+        default = self.manifest.default_tableau.num_steps
+        if default > max_steps:
+            raise BundleError(f"max_steps = {max_steps}: {self.name} has {default} steps where nothing else is said")
+        tableaus = {key: tableau for key, tableau in self.tableaus.items() if tableau.num_steps <= max_steps}
+        return replace(self, tableaus=tableaus, max_steps=max_steps)
+
     @property
     def weights_sha256(self) -> str:
         """See `Manifest.weights_sha256`."""
@@ -222,6 +235,8 @@ class Bundle:
         Raises:
             ValueError: there is none; the message lists those there are.
         """
+        if num_steps is not None and self.max_steps is not None and num_steps > self.max_steps:
+            raise ValueError(f"at most {self.max_steps} steps are served here, got {num_steps}")
         default = self.manifest.default_tableau
         usual = default.solver_for(num_steps or default.num_steps)
         if solver is None and num_steps is not None and (usual, num_steps) not in self.tableaus:
@@ -245,8 +260,12 @@ class Bundle:
         """Check that a table can be served with this network.
 
         Raises:
-            TableauError: other weights, other noise path, or a form the network cannot give.
+            TableauError: other weights, other noise path, a form the network cannot give, or too many steps.
         """
+        if self.max_steps is not None and tableau.num_steps > self.max_steps:
+            raise TableauError(
+                f"{tableau.name}: has {tableau.num_steps} steps, at most {self.max_steps} are served here"
+            )
         if tableau.weights_sha256 not in ("any", self.weights_sha256):
             theirs, ours = tableau.weights_sha256[:12], self.weights_sha256[:12]
             raise TableauError(f"{tableau.name}: was fitted to weights {theirs}, {self.name} has {ours}")

@@ -247,6 +247,8 @@ class Service:
 
     def _engine(self, bundle: Bundle) -> Engine:
         settings = self.settings
+        if settings.max_steps is not None:
+            bundle = bundle.within(settings.max_steps)
         _, height, width = bundle.manifest.sample_shape
         engine = Engine(
             bundle,

@@ -1,14 +1,14 @@
 """Settings: one frozen object, built once at the door from a TOML file, the environment and the command line.
 
 The file holds the fields below by their names. ``FEWSTEP_`` and a name in capitals is the same in the environment,
-which wins over the file, and the command line wins over both. Nothing is read from anywhere else afterwards.
-``fewstep serve --print-config`` shows what came of it.
+which wins over the file, and ``--set name=value`` on the command line, where the usual ones have flags of their own,
+wins over both. Nothing is read from anywhere else afterwards. ``fewstep serve --print-config`` shows what came of it.
 """
 
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,8 @@ from .logs import LogFormat
 
 PREFIX = "FEWSTEP_"
 SECRETS = {"API_KEY": False, "ADMIN_KEY": True}  # keys themselves, in the environment only; whether for an admin
-_LISTS = ("bundles", "cors_origins")  # in the environment: with commas between
-_TABLES = ("api_keys", "aliases", "student_weights")  # in the environment: as JSON
+_LISTS = ("bundles", "cors_origins")  # in the environment and after --set: with commas between
+_TABLES = ("api_keys", "aliases", "student_weights")  # there: as JSON
 
 
 class SettingsError(ValueError):
@@ -55,6 +55,7 @@ class Settings(BaseModel):
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
     max_waiting_pixels: int = Field(default=1 << 28, ge=1)  # and their pixels
     max_images: int = Field(default=64, ge=1)  # n of one request
+    max_steps: int | None = Field(default=None, ge=1)  # of one image: tables with more are not served; None: all are
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     request_timeout_s: float = Field(default=30.0, gt=0)  # for a request to be there
     ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
@@ -90,7 +91,11 @@ class Settings(BaseModel):
 
     @classmethod
     def load(
-        cls, file: Path | None, flags: Mapping[str, Any], environment: Mapping[str, str] | None = None
+        cls,
+        file: Path | None,
+        flags: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+        said_set: Sequence[str] = (),
     ) -> "Settings":
         """Settings from a TOML file, the environment, and the flags that were given (those that are not None).
 
@@ -98,6 +103,7 @@ class Settings(BaseModel):
             file: if any; else what ``FEWSTEP_CONFIG`` names.
             flags: by field.
             environment: such as ``os.environ``; none when left out.
+            said_set: ``name=value`` for any field, as the environment has values; flags win.
 
         Raises:
             SettingsError: a file cannot be read, or a value is not allowed.
@@ -111,7 +117,9 @@ class Settings(BaseModel):
         if file is None and config is not None:
             file = Path(config)
         values: dict[str, Any] = {} if file is None else _read(file)
-        values |= _from_environment({name: value for name, value in said.items() if name not in SECRETS})
+        in_environment = {name.lower(): value for name, value in said.items() if name not in SECRETS}
+        values |= _from_text(in_environment, lambda name: PREFIX + name.upper(), [*map(str.lower, SECRETS), "config"])
+        values |= _from_text(_pairs(said_set), lambda name: f"--set {name}")
         values |= {name: value for name, value in flags.items() if value is not None}
         keys = dict(values.get("api_keys", {}))
         if values.get("api_keys_file"):
@@ -172,21 +180,31 @@ def _read(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file}: is not TOML: {error}") from None
 
 
-def _from_environment(said: Mapping[str, str]) -> dict[str, Any]:
+def _pairs(said_set: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for said in said_set:
+        name, equals, value = said.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {said}: must be NAME=VALUE, such as max_images=8")
+        pairs[name.strip().replace("-", "_")] = value
+    return pairs
+
+
+def _from_text(said: Mapping[str, str], spell: Callable[[str], str], others: Sequence[str] = ()) -> dict[str, Any]:
+    """Values by field that were said as text; ``spell`` gives a name as it was said, and ``others`` may be said too."""
     values: dict[str, Any] = {}
-    for variable, text in said.items():
-        name = variable.lower()
+    for name, text in said.items():
         if name not in Settings.model_fields:
-            near = difflib.get_close_matches(name, [*Settings.model_fields, *map(str.lower, SECRETS), "config"], n=1)
-            hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
-            raise SettingsError(f"{PREFIX}{variable} is not a setting{hint}")
+            near = difflib.get_close_matches(name, [*Settings.model_fields, *others], n=1)
+            hint = f"; did you mean {spell(near[0])}?" if near else ""
+            raise SettingsError(f"{spell(name)} is not a setting{hint}")
         if name in _LISTS:
             values[name] = tuple(part.strip() for part in text.split(","))
         elif name in _TABLES:
             try:
                 values[name] = json.loads(text)
             except ValueError:
-                raise SettingsError(f"{PREFIX}{variable}: must be JSON") from None
+                raise SettingsError(f"{spell(name)}: must be JSON") from None
         else:
             values[name] = text
     return values

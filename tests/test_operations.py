@@ -286,6 +286,28 @@ def test_the_environment_wins_over_the_file_and_flags_over_both(tmp_path: Path) 
         settings.port = 4
 
 
+def test_every_setting_can_be_said_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"max_images": "3", "cors-origins": "https://a.example, *", "aliases": '{"a": "b"}', "port": "1"}
+    pairs = [f"{name}={value}" for name, value in said.items()]
+    settings = Settings.load(None, {"port": 5}, {"FEWSTEP_MAX_IMAGES": "2", "FEWSTEP_MAX_STEPS": "7"}, pairs)
+    assert (settings.max_images, settings.max_steps, settings.port) == (3, 7, 5)
+    assert (settings.cors_origins, settings.aliases) == (("https://a.example", "*"), {"a": "b"})
+    monkeypatch.setenv("FEWSTEP_MAX_IMAGES", "2")
+    command = [*CLI, "serve", "--print-config", "--set", "max_images=9", "--set", "drain_timeout_s=0.5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "max_images = 9\n" in done.stdout
+    assert "drain_timeout_s = 0.5\n" in done.stdout
+    for wrong, message in (
+        ("max_image=9", "--set max_image is not a setting; did you mean --set max_images?"),
+        ("max_images", "--set max_images: must be NAME=VALUE, such as max_images=8"),
+        ("max_images=many", "max_images = 'many': Input should be a valid integer"),
+        ("aliases={", "--set aliases: must be JSON"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            Settings.load(None, {}, None, [wrong])
+        assert str(caught.value).startswith(message)
+
+
 def test_what_is_printed_gives_the_same_settings_again(tmp_path: Path) -> None:
     keys = {'odd "name" ü': ApiKey(sha256=hashed("x"), images_per_s=0.5), "b": ApiKey(sha256=hashed("y"), admin=True)}
     for settings in (Settings(), Settings(api_keys=keys, tables_folder=tmp_path, cors_origins=("*",), port=0)):

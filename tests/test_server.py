@@ -232,8 +232,11 @@ def test_half_a_request_and_garbage_do_not_stop_the_server(address: Address) -> 
 # --- under load
 
 
-def test_a_full_queue_is_429_and_says_when_to_come_back(serving: Serving, make_bundle: Callable[..., Path]) -> None:
-    with serving(make_bundle(), "--max-waiting", "4", "--max-rows", "1") as (_, address):
+@pytest.mark.parametrize("limit", ["max_waiting=4", "max_waiting_pixels=319"])  # of 64 pixels each
+def test_a_full_queue_is_429_and_says_when_to_come_back(
+    serving: Serving, make_bundle: Callable[..., Path], limit: str
+) -> None:
+    with serving(make_bundle(), "--set", limit, "--max-rows", "1", "--no-grpc") as (_, address):
         body = {"prompt": "1", "n": 4, "solver": "heun", "num_inference_steps": 7}
         answers: list[Any] = []
 
