@@ -48,6 +48,7 @@ from .service import Service
 
 log = logging.getLogger("fewstep")
 
+LEAVE_S = 0.5  # when all is answered: for the clients of streams that never end, as watching the health is one
 _SERVICE = "inference.GRPCInferenceService"
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT, 401: grpc.StatusCode.UNAUTHENTICATED,
@@ -69,14 +70,15 @@ class GrpcServer:
         self._service = service
         self._port = port
         self._server: Any = None
+        self._gate, self._servicer = _Gate(service), _Servicer(service)
         self._health = health.HealthServicer()
 
     async def start(self) -> str:
         """Listen; gives the address."""
         options = [("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)]
         options.append(("grpc.max_receive_message_length", self._service.settings.max_body_bytes))
-        self._server = grpc.aio.server(interceptors=[_Gate(self._service)], options=options)
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Servicer(self._service), self._server)
+        self._server = grpc.aio.server(interceptors=[self._gate], options=options)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
         for name in ("", _SERVICE):
@@ -93,9 +95,14 @@ class GrpcServer:
         return address
 
     async def stop(self, timeout_s: float) -> None:
-        """Answer what was accepted, for so long, then leave."""
+        """Answer what was accepted, for so long at most, then leave."""
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(timeout_s)
+        all_left = asyncio.ensure_future(self._server.stop(timeout_s))
+        while self._gate.num_calls and not all_left.done():
+            self._servicer.read_no_more()
+            await asyncio.sleep(0.02)
+        await self._server.stop(min(timeout_s, LEAVE_S))
+        await all_left
 
 
 class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are untyped
@@ -105,6 +112,7 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
         self._keys = service.keys
         self._is_logging = service.settings.access_log
         self._traces = service.traces
+        self.num_calls = 0  # under way, without those who watch health or look at the reflection
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """The handler of a call; a call that is refused gets one that says so."""
@@ -126,6 +134,7 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
         async def answering(context: Any) -> AsyncGenerator[None]:
             """Around the work: what it raises becomes a status, and the log has a line when it is over."""
             status: Any = None
+            self.num_calls += 1
             try:
                 REQUEST_ID.set(name)
                 context.set_trailing_metadata((("x-request-id", name),))
@@ -145,6 +154,7 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
                 status = grpc.StatusCode.CANCELLED
                 raise
             finally:
+                self.num_calls -= 1
                 if self._is_logging:
                     status = status or context.code() or grpc.StatusCode.OK
                     log_access(details.method, str(status), start_s, name, caller)
@@ -200,6 +210,12 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the stubs are untyped
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def read_no_more(self) -> None:
+        """Take no further requests from streams, which end when those that they brought are answered."""
+        for reader in list(self._readers):
+            reader.cancel()
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802  # gRPC's names
         return service_pb2.ServerLiveResponse(live=self._service.is_live)
@@ -269,21 +285,29 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                 answers.put_nowait(failed)
 
         async def read() -> None:
+            async for request in requests:
+                calls.add(task := asyncio.ensure_future(answer(request)))
+                task.add_done_callback(calls.discard)
+
+        async def end() -> None:
             try:
-                async for request in requests:
-                    calls.add(task := asyncio.ensure_future(answer(request)))
-                    task.add_done_callback(calls.discard)
+                await asyncio.wait({reader})
+                if not reader.cancelled():  # which the server does that leaves
+                    reader.result()
                 await asyncio.gather(*calls)
             finally:
                 answers.put_nowait(None)
 
         reader = asyncio.ensure_future(read())
+        self._readers.add(reader)
+        reader.add_done_callback(self._readers.discard)
+        ending = asyncio.ensure_future(end())
         try:
             while (response := await answers.get()) is not None:
                 yield response
-            await reader
+            await ending
         finally:
-            for task in (reader, *calls):
+            for task in (reader, ending, *calls):
                 task.cancel()
 
     async def _responses(self, request: Any) -> AsyncGenerator[Any]:

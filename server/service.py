@@ -79,10 +79,10 @@ class Service:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish what was accepted, then stop."""
+        """Stop. The doors have answered whom they could; what is left is for nobody who could fetch it: jobs."""
         if self._tables is not None:
             self._tables.stop()
-        self._thread.stop()
+        self._thread.stop(timeout_s=0)
         self.encoders.stop()
         if self.traces:
             self.traces.stop()

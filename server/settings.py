@@ -23,6 +23,8 @@ SECRETS = {"API_KEY": False, "ADMIN_KEY": True}  # keys themselves, in the envir
 _LISTS = ("bundles", "cors_origins")  # in the environment and after --set: with commas between
 _TABLES = ("api_keys", "aliases", "student_weights")  # there: as JSON
 
+Share = Annotated[float, Field(gt=0)]
+
 
 class SettingsError(ValueError):
     """Settings that cannot be used. One line: the field, what is wrong, what would be right."""
@@ -48,9 +50,7 @@ class Settings(BaseModel):
     precision: str = "float32"  # on the CPU: float32, or what `fewstep export --precision` added to the bundles
     simulate: str | None = None  # "A+B": a simulated accelerator, whose call on n rows takes A + B n ms
     encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
-    student_weights: dict[
-        str, Annotated[float, Field(gt=0)]
-    ] = {}  # shares of the device where several students have work; else 1
+    student_weights: dict[str, Share] = {}  # of the device, where several students have work; else 1
     # Limits
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student
     max_waiting_pixels: int = Field(default=1 << 28, ge=1)  # and their pixels
@@ -61,7 +61,7 @@ class Settings(BaseModel):
     ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
     max_jobs: int = Field(default=1000, ge=1)  # under way or finished
     job_ttl_s: float = Field(default=600.0, gt=0)  # for which a finished job is kept
-    drain_timeout_s: float = Field(default=30.0, gt=0)  # for accepted requests, after SIGTERM
+    drain_timeout_s: float = Field(default=30.0, gt=0)  # for accepted requests, after SIGTERM; then they are cut off
     # Who may call
     api_keys: dict[str, ApiKey] = {}  # by the caller's name; none: everybody
     api_keys_file: Path | None = None  # more of them: a TOML file with api_keys

@@ -1,6 +1,7 @@
 """Running the application under uvicorn: signals, draining, and the line that says where it listens.
 
-On SIGTERM or SIGINT the server stops being ready, refuses new work, answers what it has accepted, and leaves.
+On SIGTERM or SIGINT the server stops being ready, refuses new work, answers what it has accepted, and leaves. All
+doors have one deadline, ``drain_timeout_s`` from then: what is not answered by it is cut off.
 """
 
 import gc
@@ -51,8 +52,10 @@ class _DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._grpc is not None:
+        until_s = time.monotonic() + self._service.settings.drain_timeout_s
+        if self._grpc is not None:  # HTTP answers meanwhile
             await self._grpc.stop(self._service.settings.drain_timeout_s)
+        self.config.timeout_graceful_shutdown = max(0.1, until_s - time.monotonic())  # type: ignore[assignment]
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -81,7 +84,6 @@ def serve(settings: Settings) -> None:
         log_level="debug" if settings.log_level == "debug" else "warning",
         ssl_certfile=settings.tls_certfile,
         ssl_keyfile=settings.tls_keyfile,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s) or 1,
         server_header=False,
         proxy_headers=False,
         ws="none",

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -13,7 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import grpc
 import pytest
+from conftest import free_port
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fewstep.server.connection import Connection
@@ -288,3 +293,26 @@ def test_work_that_outlasts_the_drain_is_cut_off(
             assert sock.recv(1) == b""
         assert process.wait(10) == 0
         assert time.monotonic() - start_s < 6
+
+
+def test_what_nobody_waits_for_does_not_hold_up_the_exit(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    """A stream on which nothing is asked, one that watches the health, and jobs of a minute: it leaves at once."""
+    port = free_port()
+    flags = ("--simulate", "1000+0", "--max-rows", "1", "--grpc-port", str(port))
+    with serving(make_bundle(), *flags) as (process, address), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        job = {"prompt": "1", "n": 8, "num_inference_steps": 8}
+        assert ask(address, request(job, path="/v1/jobs"))[0] == 202
+        asked = threading.Event()
+
+        def nothing() -> Iterator[Any]:
+            asked.wait()
+            yield from ()
+
+        idle = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(nothing())
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0  # drain_timeout_s is 30
+        assert list(idle) == []
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        asked.set()
