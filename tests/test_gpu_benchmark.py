@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lazy_cuda
@@ -79,6 +80,36 @@ def test_the_bytes_of_the_bandwidth_are_those_that_the_step_moves(gpu: None) -> 
     assert moved["float32", 8] == pytest.approx(4 * n * (3 + 3 + 3 * 7 + 3 * 1 + 3 + 2 + 3))
     for case in report["cases"]:
         assert case["fraction_of_copy_bandwidth"] == pytest.approx(case["copy_ms"] / case["step_ms"])
+
+
+class Clock:
+    """A device that works while the host goes on, with its events, on a clock of their own."""
+
+    def __init__(self) -> None:
+        self.host_s = self.free_s = 0.0
+        self.Event = lambda: SimpleNamespace(record=self._record, synchronize=self._synchronize)
+        self.recorded_s: list[float] = []
+
+    def launch(self) -> None:
+        self.host_s += 30e-6
+        self.free_s = max(self.host_s, self.free_s) + 80e-6
+
+    def _record(self, stream: Any) -> None:
+        self.recorded_s.append(max(self.host_s, self.free_s))
+
+    def _synchronize(self) -> None:
+        self.host_s = max(self.host_s, self.free_s)
+
+    def get_elapsed_time(self, start: Any, stop: Any) -> float:
+        return 1000 * (self.recorded_s[-1] - self.recorded_s[-2])
+
+
+def test_what_the_host_does_is_not_counted_as_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of 80 us that the host asks for in 30 takes 80, not 110."""
+    clock, gpu = Clock(), BENCHMARK.Gpu.__new__(BENCHMARK.Gpu)
+    gpu.cupy, gpu.stream = SimpleNamespace(cuda=clock), None
+    monkeypatch.setattr(BENCHMARK.time, "perf_counter", lambda: clock.host_s)
+    assert gpu.milliseconds(clock.launch, 50) == pytest.approx((0.080, 0.030))
 
 
 def test_a_network_section_measures_ticks_and_samples(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
