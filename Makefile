@@ -57,7 +57,7 @@ $(VENV)/.everything: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.gpu: $(VENV)/.everything
 	@echo "Installing what a GPU needs into $(VENV)"
 	@$(INSTALL) --editable '.[gpu]'
-	@$(VENV)/bin/python -m pip uninstall -qq --yes onnxruntime  # the two hold the same files
+	@$(VENV)/bin/python -m pip uninstall -qq --yes onnxruntime onnxruntime-gpu  # they hold the same files: both, or half is left
 	@$(INSTALL) 'onnxruntime-gpu[cuda,cudnn]'
 	@touch $@
 

@@ -152,3 +152,41 @@ def test_the_pins_fit_what_the_package_asks_for() -> None:
         asked = Requirement(text)
         if asked.name != "fewstep":
             assert asked.specifier.contains(pins[asked.name.lower().replace("_", "-")]), text
+
+
+def write_wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> None:
+    """A wheel of a few files."""
+    about = f"{name}-{version}.dist-info"
+    files |= {
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nProvides-Extra: cuda\n"
+        "Provides-Extra: cudnn\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{about}/RECORD"] = "".join(f"{file},,\n" for file in [*files, f"{about}/RECORD"])
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for file, text in files.items():
+            wheel.writestr(file, text)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_gpu_leaves_a_whole_onnxruntime_also_the_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own commands over two packages that, like the real ones, hold the same file.
+
+    When the pins have changed, the CPU's is installed over the GPU's, which then still counts as installed.
+    """
+    for name, build in (("onnxruntime", "cpu"), ("onnxruntime_gpu", "gpu")):
+        write_wheel(tmp_path, name, "1.0", {"onnxruntime/__init__.py": f"build = {build!r}\n"})
+    (tmp_path / "constraints.txt").touch()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
+    said = run("make", "--dry-run", "--always-make", "VENV=venv", "venv/.gpu", cwd=ROOT)
+    pip = f"{sys.executable} -m pip --python venv/bin/python"
+    commands = [line.replace("venv/bin/python -m pip", pip) for line in said.splitlines() if "onnxruntime" in line]
+    assert [command.removeprefix(pip).split()[0] for command in commands] == ["uninstall", "install"]
+    for command in [f"{pip} install --quiet onnxruntime-gpu onnxruntime", *commands]:
+        run("sh", "-c", command, cwd=tmp_path)
+    ask = "import onnxruntime; print(onnxruntime.build)"
+    assert run("venv/bin/python", "-c", ask, cwd=tmp_path).strip() == "gpu"
