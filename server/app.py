@@ -13,6 +13,7 @@ GET  /                         a page to try it
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ def create_app(service: Service) -> FastAPI:
     # Loading is quick, yet it stays off the event loop: the engine's own thread may hold its lock.
     @app.post("/v2/models/{model}/tables")
     async def post_table(model: str, request: Request) -> dict[str, Any]:
-        engine = engine_of(model)
-        return await run_in_threadpool(load_table, engine, await read_body(request, service.settings))
+        engine_of(model)  # nobody sends a body for nothing
+        body = await read_body(request, service.settings)
+        return await run_in_threadpool(load_table, partial(engine_of, model), body, service.changing)
 
     @app.get("/v2/models/{model}/tables")
     async def tables(model: str) -> dict[str, Any]:
@@ -116,7 +118,8 @@ def create_app(service: Service) -> FastAPI:
     async def delete_table(model: str, solver: str, num_steps: str) -> dict[str, Any]:
         if not (num_steps.isascii() and num_steps.isdigit() and len(num_steps) < 9):
             raise ApiError(400, f"num_steps: {num_steps[:20]!r} is no number of steps", param="num_steps")
-        return await run_in_threadpool(unload_table, engine_of(model), solver, int(num_steps))
+        found = partial(engine_of, model)
+        return await run_in_threadpool(unload_table, found, solver, int(num_steps), service.changing)
 
     @app.get("/v2/health/live")
     async def live(response: Response) -> dict[str, bool]:

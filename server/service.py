@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import random
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -51,6 +52,9 @@ class Service:
         self.engines: dict[str, Engine] = {}
         self._sources: dict[str, str] = {}  # where each student, served or unloaded, was loaded from
         self._loading = asyncio.Lock()
+        # Held by whoever changes which engines there are, or an engine's tables: a table goes to an engine that is
+        # served then, or is among those that a reload carries over. Never for long: the event loop waits for it.
+        self.changing = threading.Lock()
         for source in settings.bundles:
             bundle = Bundle.load(source)
             if bundle.name in self.engines:
@@ -70,7 +74,7 @@ class Service:
         if settings.tables_folder is not None:
             if not settings.tables_folder.is_dir():
                 raise SettingsError(f"tables_folder: there is no folder {settings.tables_folder}")
-            self._tables = TablesFolder(settings.tables_folder, self.engines)
+            self._tables = TablesFolder(settings.tables_folder, self.engines, self.changing)
 
     def start(self) -> None:
         """Start the engine thread, and the watch on the tables' folder."""
@@ -169,14 +173,13 @@ class Service:
                 raise ApiError(503, "the engine failed; only a restart helps", code="engine_stopped")
             if self.is_draining:
                 raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=1)
-            old = self.engines.get(name)
-            for tableau in old.loaded.values() if old else ():
-                with suppress(TableauError):  # it was fitted to the weights that go
-                    engine.load_table(tableau)
-            self._thread.add(engine)
-            self.engines[name], self._sources[name] = engine, source
-            if self._tables is not None:
-                self._tables.replace(old, engine)
+            with self.changing:
+                old = self.engines.get(name)
+                for tableau in old.loaded.values() if old else ():
+                    with suppress(TableauError):  # it was fitted to the weights that go
+                        engine.load_table(tableau)
+                self._thread.add(engine)
+                self.engines[name], self._sources[name] = engine, source
             if old is not None:
                 old.close()
                 self._thread.wake()
@@ -190,7 +193,8 @@ class Service:
         if name in self.aliases:
             self.aliases = {other: parts for other, parts in self.aliases.items() if other != name}
             return
-        engine = self.engines.pop(name, None)
+        with self.changing:
+            engine = self.engines.pop(name, None)
         if engine is None:
             raise ApiError(404, f"model: {name[:80]!r} is not served", param="model", code="model_not_found")
         engine.close()

@@ -1,14 +1,21 @@
 """The service when things change or fail: an engine that ends, students that come and go, settings that are wrong."""
 
+import asyncio
+import gc
+import threading
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from fewstep.runtime import Bundle, Engine, Tableau
 from fewstep.server import Service, Settings, SettingsError
 from fewstep.server.app import create_app
+from fewstep.server.tables import TablesFolder
 
 IMAGES = "/v1/images/generations"
 LOAD = "/v2/repository/models/digits/load"
@@ -50,3 +57,76 @@ def test_what_does_not_fit_together_is_one_line(
     with pytest.raises(SettingsError) as caught:
         Service(Settings(bundles=bundles, threads=1, **said))
     assert str(caught.value) == message
+
+
+def names(engine: Engine) -> list[str]:
+    return [name for name, _ in engine.loaded]
+
+
+def test_a_table_that_arrives_during_a_reload_is_served_after_it(
+    make_bundle: Callable[..., Path], service: Service, client: TestClient
+) -> None:
+    table = replace(Bundle.load(make_bundle()).tableau("ddim", 4), name="mine").to_bytes()
+
+    sent = threading.Event()
+
+    async def slow(*_: Any) -> bytes:
+        client_side.start()
+        await asyncio.to_thread(sent.wait, 30)
+        return table
+
+    old = service.engines["digits"]
+    client_side = threading.Thread(target=lambda: (client.post(LOAD).raise_for_status(), sent.set()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.server.app.read_body", slow)
+        assert client.post("/v2/models/digits/tables").status_code == 200
+    client_side.join()
+    assert service.engines["digits"] is not old
+    assert names(service.engines["digits"]) == ["mine"]
+
+
+def test_a_folder_follows_the_students_that_are_served(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """Each engine gets the folder's tables, whatever was before it; what is gone keeps nothing alive."""
+    bundle = Bundle.load(make_bundle())
+    first, other = Engine(bundle, threads=1), Engine(bundle, threads=1)
+    engines = {"digits": first, "other": other}
+    (tmp_path / "other").mkdir()
+    for name, file in (("mine", tmp_path / "a.safetensors"), ("its", tmp_path / "other" / "b.safetensors")):
+        replace(bundle.tableau("ddim", 4), name=name).save(file)
+    folder = TablesFolder(tmp_path, engines, threading.Lock())
+    folder.poll()
+    assert (names(first), names(other)) == (["mine"], ["its"])
+    del engines["digits"], engines["other"]  # unloaded
+    folder.poll()
+    gone = weakref.ref(first)
+    del first, other
+    gc.collect()
+    assert gone() is None
+    engines["digits"] = second = Engine(bundle, threads=1)
+    folder.poll()
+    assert names(second) == ["mine"]
+    engines["digits"] = third = Engine(bundle, threads=1)  # reloaded, and the tables carried over
+    third.load_table(second.tableau("mine", 4))
+    (tmp_path / "a.safetensors").unlink()  # before the next look
+    folder.poll()
+    assert names(third) == []
+
+
+def test_a_table_is_not_taken_as_loaded_where_a_reload_came_between(
+    make_bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.load(make_bundle())
+    engines = {"digits": Engine(bundle, threads=1)}
+    table = replace(bundle.tableau("ddim", 4), name="mine")
+    table.save(tmp_path / "a.safetensors")
+    folder = TablesFolder(tmp_path, engines, threading.Lock())
+
+    def load(_: Path) -> Tableau:
+        engines["digits"] = Engine(bundle, threads=1)
+        return table
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fewstep.server.tables.Tableau.load", load)
+        folder.poll()
+    folder.poll()
+    assert names(engines["digits"]) == ["mine"]

@@ -227,7 +227,7 @@ def test_a_folder_is_followed(make_bundle: Callable[..., Path], tmp_path: Path) 
     engine = Engine(Bundle.load(make_bundle()), threads=1)
     other = Engine(Bundle.load(make_bundle()), threads=1)
     (tmp_path / "second").mkdir()
-    folder = TablesFolder(tmp_path, {"first": engine, "second": other})
+    folder = TablesFolder(tmp_path, {"first": engine, "second": other}, threading.Lock())
     file = tmp_path / "a.safetensors"
     version(1).save(file)
     version(9).save(tmp_path / "second" / "b.safetensors")
