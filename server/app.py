@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from ..runtime import Engine
 from .bodies import answer_nobody, read_body
 from .errors import ApiError, answer_api_error, answer_crash, answer_http_error
-from .generation import ClientGone
+from .generation import ClientGone, image_limit
 from .images import IMAGES, generate_images, start_job
 from .kserve import add_routes
 from .metrics import registry_of
@@ -162,6 +162,8 @@ def _describe(engine: Engine, service: Service) -> dict[str, Any]:
         "channels": channels,
         "simulated": service.simulated,
         "labels": list(manifest.labels.names) if manifest.labels else [],
+        "unconditional": manifest.labels is None or manifest.labels.null is not None,
+        "max_images": image_limit(service, engine),
         "guidance": manifest.guidance.model_dump(),
         "default_tableau": manifest.default_tableau.model_dump(),
         "tableaus": [describe_table(engine, tableau) for tableau in engine.tableaus.values()],

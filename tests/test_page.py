@@ -1,8 +1,9 @@
 """The page at ``/`` in a real browser: generate, switch student, and read an error."""
 
+import http.client
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,66 @@ def test_two_settings_stand_side_by_side(browser: Browser, url: str) -> None:
         expect(page.locator("#side-b")).to_be_hidden()
 
 
+def test_no_condition_can_be_chosen(browser: Browser, url: str, make_bundle: Callable[..., Path]) -> None:
+    with browsing(browser) as page:
+        page.goto(url)
+        page.locator("#prompt").select_option("no condition")
+        assert '"prompt":""' in page.locator("#curl").inner_text()
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#images img")).to_have_count(8)
+        assert page.locator("#images img").first.get_attribute("alt") == "no condition, seed 0"
+
+
+def test_the_page_follows_what_is_loaded_and_unloaded(
+    browser: Browser, serving: Any, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "fewstep.toml"
+    file.write_text("max_images = 6\n")
+    flags = ("--no-grpc", "--simulate", "1+0", "--config", file)
+    with (
+        serving(make_bundle(), make_bundle(is_guided=True), *flags) as (_, (host, port)),
+        browsing(browser) as page,
+        closing(http.client.HTTPConnection(host, port)) as admin,
+    ):
+
+        def change(student: str, how: str) -> None:
+            admin.request("POST", f"/v2/repository/models/{student}/{how}")
+            answer = admin.getresponse()
+            assert (answer.status, answer.read()) == (200, b"")
+
+        page.goto(f"http://{host}:{port}/")
+        expect(page.get_by_role("note")).to_contain_text("simulated accelerator")
+        expect(page.locator("#n")).to_have_attribute("max", "6")
+        expect(page.locator("#n")).to_have_value("6")
+        generate = page.get_by_role("button", name="Generate")
+        generate.click()
+        expect(page.locator("#images img")).to_have_count(6)
+        change("digits", "unload")
+        generate.click()
+        expect(page.locator("#status")).to_have_text("model: 'digits' is not served; there is: digits-guided")
+        expect(page.locator("#model")).to_have_value("digits-guided")
+        generate.click()
+        expect(page.locator("#status")).to_contain_text("6 by ancestral with 4 steps")
+        change("digits-guided", "unload")
+        generate.click()
+        expect(page.locator("#status")).to_have_text("model: no student is served")
+        expect(page.locator("#about")).to_contain_text("No student is served. Load one: POST /v2/repository/")
+        expect(generate).to_be_disabled()
+        page.reload()
+        expect(page.locator("#about")).to_contain_text("No student is served.")
+        expect(page.locator("#status")).to_have_text("")
+        page.get_by_label("Compare two settings").check()
+        change("digits", "load")
+        page.evaluate("dispatchEvent(new Event('focus'))")
+        expect(page.locator("#about")).to_have_text("Random weights, for tests.")
+        generate.click()
+        expect(page.locator("#images-b img")).to_have_count(6)
+        change("digits-guided", "load")
+        page.evaluate("dispatchEvent(new Event('focus'))")
+        expect(page.locator("#model option")).to_have_text(["digits", "digits-guided"])
+        expect(page.locator("#model")).to_have_value("digits")
+
+
 def test_a_server_with_keys_asks_for_one(
     browser: Browser, serving: Any, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +227,7 @@ def test_a_server_with_keys_asks_for_one(
     with serving(make_bundle(), "--no-grpc") as (_, (host, port)), browsing(browser) as page:
         page.goto(f"http://{host}:{port}/")
         expect(page.locator("#status")).to_contain_text("an API key is needed")
+        expect(page.locator("#about")).to_have_text("")
         page.get_by_label("API key").fill("open-sesame")
         page.get_by_label("API key").press("Tab")
         expect(page.locator("#about")).to_have_text("Random weights, for tests.")
