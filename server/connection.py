@@ -2,8 +2,9 @@
 
 A generation request that is there body and all, and whose answer is one piece, needs none of what ASGI is for: no task,
 no messages, no event for a client that leaves. It is read, admitted and put in line here, and its answer is one write.
-All else goes through the application: other routes, streams, packed or slow bodies, servers that trace or let other
-origins in. Both ways share a door's ``begin`` and the `Gate`, so they differ in nothing that a client sees.
+All else goes through the application: other routes, streams, packed or slow bodies, clients that do not read their
+answers, servers that trace or let other origins in. Both ways share a door's ``begin`` and the `Gate`, so they differ
+in nothing that a client sees.
 """
 
 import asyncio
@@ -22,6 +23,8 @@ from .logs import REQUEST_ID
 from .service import Service
 
 _DOORS = (images.DOOR, kserve.DOOR)
+MAX_HEAD = 65536  # bytes of a request's line and headers, and of all else that is no body
+MAX_HEADERS = 256
 _LARGE = 65536  # bytes of a body from which on uvicorn wants the application to read it piece by piece
 
 log = logging.getLogger("fewstep")
@@ -34,7 +37,57 @@ class Connection(HttpToolsProtocol):
     gate: Gate
     _arriving: tuple[RequestResponseCycle, Any, Door] | None = None  # what may go the short way once its body is there
     _work: "asyncio.Future[Response] | None" = None  # what is being made on the short way
+    _unread = 0  # bytes since the parser last made something of them, up to a read of the socket
+    _is_head_too_large = False
     _last: tuple[RequestResponseCycle | None, float] | None = None  # request that was over at some look, and when
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See uvicorn; one too many is told so and closed."""
+        super().connection_made(transport)
+        limit = self.service.settings.max_connections
+        if len(self.connections) > limit:
+            error = ApiError(503, f"{limit} connections are open already", code="too_many_connections", retry_after_s=1)
+            self._refuse(error)
+
+    def data_received(self, data: bytes) -> None:
+        """See uvicorn; but a head has its bounds. The parser keeps what has no end yet, and tells nothing of it."""
+        self._unread += len(data)
+        super().data_received(data)
+        if self._unread > MAX_HEAD and not self.transport.is_closing():
+            self._is_head_too_large = True
+            self.send_400_response("")
+
+    def on_headers_complete(self) -> None:
+        """See uvicorn."""
+        if self._unread > MAX_HEAD or len(self.headers) > MAX_HEADERS:  # else they cannot be too large
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            self._is_head_too_large = size > MAX_HEAD or len(self.headers) > MAX_HEADERS
+            if self._is_head_too_large:
+                raise ValueError("the head is too large")  # the parser stops, and `send_400_response` comes next
+        self._unread = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """See uvicorn."""
+        self._unread = 0
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """See uvicorn."""
+        if not self._is_head_too_large:
+            super().send_400_response(msg)
+            return
+        message = f"the request's line and headers are more than {MAX_HEAD} bytes or {MAX_HEADERS} headers"
+        self._refuse(ApiError(431, message, code="headers_too_large"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what never became a request, and close."""
+        response = error.response()
+        lines = [STATUS_LINE[response.status_code]]
+        for name, value in response.raw_headers:
+            lines += (name, b": ", value, b"\r\n")
+        self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", bytes(response.body)]))
+        self.transport.close()
 
     def look_after(self, now_s: float) -> None:
         """Once a second: a slow body goes the long way, which has its limits; a silent connection is closed.
@@ -71,6 +124,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """See uvicorn."""
+        self._unread = 0
         super().on_message_complete()
         if self._arriving is not None and self._arriving[0] is self.cycle:
             self._take_short_way()
@@ -89,6 +143,9 @@ class Connection(HttpToolsProtocol):
 
     def _take_short_way(self) -> None:
         assert self._arriving is not None
+        if self.flow.write_paused:  # the application's answer waits until the client has read those before it
+            self._take_long_way()
+            return
         cycle, _, door = self._arriving
         scope: Any = cycle.scope
         visit = self.gate.visit(scope)

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -229,11 +229,19 @@ def test_a_connection_that_is_to_be_closed_is(
 
 
 def cancelled(address: Address) -> int:
+    return samples(address, 'reason="CANCELED"')
+
+
+def finished(address: Address) -> int:
+    return samples(address, "nv_inference_request_success{")
+
+
+def samples(address: Address, kind: str) -> int:
     caller = http.client.HTTPConnection(*address, timeout=30)
     caller.request("GET", "/metrics")
     lines = caller.getresponse().read().decode().splitlines()
     caller.close()
-    return sum(int(float(line.rpartition(" ")[2])) for line in lines if 'reason="CANCELED"' in line)
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines if kind in line)
 
 
 def test_a_client_that_leaves_ends_its_work(serving: Serving, make_bundle: Callable[..., Path]) -> None:
@@ -316,3 +324,77 @@ def test_what_nobody_waits_for_does_not_hold_up_the_exit(serving: Serving, make_
         assert list(idle) == []
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         asked.set()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 70_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 300 + b"\r\n",
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 1_000_000,
+        request({"prompt": "1"}) + b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 1_000_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-A: " + b"a" * 1_000_000,
+    ],
+    ids=["long", "many", "path", "endless", "endless, pipelined", "endless, after the body"],
+)
+def test_a_head_without_bounds_is_refused(address: Address, sent: bytes) -> None:
+    """With 431 where the client reads it before the connection is reset; it is closed in any case."""
+    answers = b""
+    with socket.create_connection(address, timeout=30) as sock:
+        with suppress(ConnectionError):
+            sock.sendall(sent)
+        with suppress(ConnectionError):
+            while part := sock.recv(65536):
+                answers += part
+    if len(sent) < 100_000:
+        assert answers.startswith(b"HTTP/1.1 431 ")
+        assert b'"code":"headers_too_large"' in answers
+
+
+def test_a_large_head_within_the_bounds_is_read(address: Address) -> None:
+    for way in ({}, LONG):
+        headers = {f"X-{i}": "a" * 200 for i in range(200)}
+        assert ask(address, request({"prompt": "1"}, headers | way))[0] == 200
+
+
+def test_for_a_client_that_does_not_read_no_more_is_made_than_it_can_take(serving: Serving) -> None:
+    """It asked for thousands of images at once on one connection; when it reads, it gets all of them."""
+    num = 150
+    with serving("--no-grpc", "--simulate", "0+0") as (_, address), socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(30)
+        sock.connect(address)
+        sock.sendall(request({"n": 64, "num_inference_steps": 1, "seed": 5}) * num)
+        made, before = finished(address), -1
+        while made > before:  # until it stands still
+            time.sleep(1)
+            before, made = made, finished(address)
+        assert 0 < made < 0.8 * 64 * num
+        assert [receive(sock)[0] for _ in range(num)] == [200] * num
+        assert finished(address) == 64 * num
+
+
+def test_connections_beyond_the_limit_are_told_so(
+    serving: Serving, make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_MAX_CONNECTIONS", "2")
+    with serving(make_bundle(), "--no-grpc") as (_, address), ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(2)]
+        with socket.create_connection(address, timeout=30) as third:
+            status, headers, answer = receive(third)
+            assert (status, headers["retry-after"], answer["error"]["code"]) == (503, "1", "too_many_connections")
+            assert third.recv(1) == b""
+        held[0].close()
+        start_s = time.monotonic()
+        while ask_status(address) != 200:  # it takes the server a moment to see that
+            assert time.monotonic() - start_s < 30
+        held[1].sendall(request({"prompt": "1"}))
+        assert receive(held[1])[0] == 200
+
+
+def ask_status(address: Address) -> int:
+    with socket.create_connection(address, timeout=30) as sock, suppress(ConnectionError):
+        sock.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        return receive(sock)[0]
+    return 0

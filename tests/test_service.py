@@ -76,7 +76,12 @@ def test_a_table_that_arrives_during_a_reload_is_served_after_it(
         return table
 
     old = service.engines["digits"]
-    client_side = threading.Thread(target=lambda: (client.post(LOAD).raise_for_status(), sent.set()))
+
+    def reload() -> None:
+        client.post(LOAD).raise_for_status()
+        sent.set()
+
+    client_side = threading.Thread(target=reload)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fewstep.server.app.read_body", slow)
         assert client.post("/v2/models/digits/tables").status_code == 200
