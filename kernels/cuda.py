@@ -11,7 +11,6 @@ same launch plan on the CPU against `step_reference`.
 
 import hashlib
 import logging
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -30,8 +29,12 @@ Network = Literal["float32", "float16", "bfloat16"]
 Noise = Literal["exact", "fast"]
 
 NETWORKS: tuple[Network, ...] = ("float32", "float16", "bfloat16")
+STORED: dict[Network, np.dtype[Any]] = {  # how an array of that dtype is given; CuPy has no bfloat16
+    "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)
+}  # fmt: skip
 DEPTHS = (1, 2, 4, 8)  # history slots that a kernel loads ahead
 THREADS = 256
+NVCC_S = 300  # after which nvcc is given up
 _FOLDER = Path(__file__).parent
 _MAX_ROWS = 65535  # of a grid's second dimension
 
@@ -75,12 +78,12 @@ class CudaStep:
     """`fused_step` on the current CUDA device and stream, for a network of one dtype.
 
     Args:
-        network: dtype of ``raw`` and ``network_input``. CuPy has no bfloat16: such arrays are given as uint16.
+        network: dtype of ``raw`` and ``network_input``, which are given as `STORED` says.
         noise: ``exact`` gives the bits of `noise.normals`. ``fast`` takes the processor's own logarithm, sine and
-            cosine on the same words; its normals differ from the exact ones by less than 1e-3.
+            cosine on the same words; how far its normals are from the exact ones was not measured on a GPU yet.
 
     Raises:
-        CudaError: no CuPy, no driver, no GPU or no compiler.
+        CudaError: no CuPy, no driver or one that is too old, no GPU or no compiler.
     """
 
     def __init__(self, network: Network = "float32", noise: Noise = "exact") -> None:
@@ -88,15 +91,25 @@ class CudaStep:
             import cupy
         except ImportError:
             raise CudaError("the CUDA step needs CuPy: pip install 'fewstep[gpu]'") from None
+        runtime = cupy.cuda.runtime
         try:
             capability = cupy.cuda.Device().compute_capability
-        except cupy.cuda.runtime.CUDARuntimeError as error:
+        except runtime.CUDARuntimeError as error:
             raise CudaError(f"no CUDA device: {error}") from None
         self.network = network
+        self._stored = STORED[network]
+        compiled = cubin(capability, network, noise)
         module = cupy.cuda.Module()
-        module.load(cubin(capability, network, noise))
-        names = [f"fewstep_step_{depth}_{access}" for depth in DEPTHS for access in ("whole", "any")]
-        self._kernels = {name: module.get_function(name) for name in names}
+        try:
+            module.load(compiled)
+            names = [f"fewstep_step_{depth}_{access}" for depth in DEPTHS for access in ("whole", "any")]
+            self._kernels = {name: module.get_function(name) for name in names}
+        except (cupy.cuda.driver.CUDADriverError, runtime.CUDARuntimeError) as error:
+            major, minor = divmod(runtime.driverGetVersion() // 10, 100)
+            raise CudaError(
+                f"the GPU's driver, of CUDA {major}.{minor}, does not load the kernels: {error}; if it is older than "
+                f"their compiler, {_compiler()}, update it, or: pip install 'nvidia-cuda-nvrtc<{major}.{minor + 1}'"
+            ) from None
 
     def __call__(
         self,
@@ -122,7 +135,13 @@ class CudaStep:
             guidance: see there.
             seed: see there.
             network_input: see there.
+
+        Raises:
+            ValueError: raw or network_input is not of the network's dtype.
         """
+        if not raw.dtype == network_input.dtype == self._stored:
+            told = f"the network gives {raw.dtype} and takes {network_input.dtype}"
+            raise ValueError(f"{told}: this CUDA step wants both as {self._stored}, for {self.network}")
         (rows, elements), slots = x.shape, history.shape[1]
         if not rows:
             return
@@ -193,11 +212,11 @@ def _compiled(kind: Literal["cubin", "ptx"], source: str, options: list[str]) ->
     compiler = _compiler()
     if not compiler:
         raise CudaError("the CUDA step needs a compiler: pip install cuda-bindings nvidia-cuda-nvrtc, or have nvcc")
-    return _by_nvcc(kind, source, options) if compiler == "nvcc" else _by_nvrtc(kind, source, options)
+    return _by_nvcc(kind, source, options) if compiler.startswith("nvcc") else _by_nvrtc(kind, source, options)
 
 
 def _compiler() -> str:
-    """Which compiler there is, with NVRTC's version; empty if none."""
+    """Which compiler there is, with its version; empty if none."""
     try:
         if find_spec("cuda.bindings.nvrtc") is not None:
             from cuda.bindings import nvrtc
@@ -207,7 +226,11 @@ def _compiler() -> str:
                 return f"nvrtc {'.'.join(map(str, version))}"
     except (ImportError, RuntimeError):  # the bindings without the library raise RuntimeError
         pass
-    return "nvcc" if shutil.which("nvcc") else ""
+    try:
+        told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # there is none, or one that does not run
+        return ""
+    return f"nvcc {told.strip().splitlines()[-1]}"
 
 
 def _by_nvrtc(kind: str, source: str, options: list[str]) -> tuple[bytes, str]:
@@ -252,7 +275,11 @@ def _by_nvcc(kind: str, source: str, options: list[str]) -> tuple[bytes, str]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / f"made.{kind}"
         command = ["nvcc", f"-{kind}", "-O3", "-Xptxas", "-v", *options, "-o", str(out), str(_FOLDER / source)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=NVCC_S, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            instead = "pip install cuda-bindings nvidia-cuda-nvrtc compiles in its place"
+            raise CudaError(f"nvcc does not compile {source} for {options[0]}: {error}; {instead}") from None
         if done.returncode:
             raise CudaError(f"nvcc does not compile {source} for {options[0]}: {done.stderr.strip()}")
         return out.read_bytes(), done.stderr

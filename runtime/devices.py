@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..kernels import fused_step
-from ..kernels.cuda import CudaStep, Network
+from ..kernels.cuda import STORED, CudaStep
 from ..kernels.fused_step import Scratch
 
 Array = Any  # numpy's or CuPy's
@@ -91,17 +91,15 @@ class Cuda:
     """A GPU's memory and one stream, through CuPy. Not run on a GPU yet.
 
     What goes up is copied into pinned memory, which the GPU reads by itself, and is good until `wait`; what has no room
-    there goes from ordinary memory, which CUDA copies before it returns.
-
-    Args:
-        network: the network's dtype.
+    there goes from ordinary memory, which CUDA copies before it returns. The step is compiled for the dtype of the
+    network's input, when it is first asked for; for float32 at once, which also tells whether it can be.
 
     Raises:
         CudaError: see `CudaStep`.
     """
 
-    def __init__(self, network: Network = "float32") -> None:
-        self._step = CudaStep(network)
+    def __init__(self) -> None:
+        self._steps = {STORED["float32"]: CudaStep()}
         import cupy
         import cupyx
 
@@ -157,7 +155,16 @@ class Cuda:
         seed_, row_, uncond_, guidance_ = (
             self._books[start:end].view(array.dtype) for array, start, end in zip(books, starts, ends, strict=True)
         )
-        self._step(self._table[1], row_, x, history, raw, uncond_, guidance_, seed_, network_input)
+        step = self._step_for(network_input.dtype)
+        step(self._table[1], row_, x, history, raw, uncond_, guidance_, seed_, network_input)
+
+    def _step_for(self, dtype: np.dtype[Any]) -> CudaStep:
+        if dtype not in self._steps:
+            network = next((network for network, stored in STORED.items() if stored == dtype), None)
+            if network is None:
+                raise ValueError(f"the network takes {dtype}: the CUDA step writes {', '.join(STORED)}")
+            self._steps[dtype] = CudaStep(network)
+        return self._steps[dtype]
 
     def _stage(self, size: int) -> HostArray:
         """Room on the host for so many bytes on their way up."""

@@ -59,7 +59,7 @@ class OnnxCudaBackend:
         for node in self._session.get_inputs():
             size = (rows, *shape) if node.name == "x" else (rows,)
             self.inputs[node.name] = self.device.zeros(size, DTYPES[node.type])
-        self._raw = self.device.zeros((rows, *shape), np.float32)
+        self._raw = self.device.zeros((rows, *shape), DTYPES[self._session.get_outputs()[0].type])
         self._bindings: dict[int, Any] = {}
         self._options = onnxruntime.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # the fused step follows

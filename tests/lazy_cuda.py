@@ -322,6 +322,7 @@ def installed(folder: Path, capability: str = "90") -> Iterator[ModuleType]:
         "zeros": zeros, "asarray": asarray, "asnumpy": asnumpy, "ndarray": Array,
         "cuda": SimpleNamespace(
             Device=lambda: device, Stream=Stream, Event=Event, get_elapsed_time=elapsed_ms, Module=Module,
+            driver=SimpleNamespace(CUDADriverError=RuntimeError),
             runtime=SimpleNamespace(
                 CUDARuntimeError=RuntimeError, driverGetVersion=lambda: 13000,
                 getDeviceProperties=lambda device: {"name": b"a stand-in", "totalGlobalMem": 1},

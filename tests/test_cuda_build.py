@@ -293,22 +293,100 @@ def test_two_processes_that_compile_at_once_both_get_whole_kernels(tmp_path: Pat
     assert {*said, later} == {hashlib.sha256(whole).hexdigest() + "\n"}
 
 
-def test_without_a_driver_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As CuPy says it where there is none."""
+class CUDARuntimeError(RuntimeError):
+    """CuPy's."""
 
-    class CUDARuntimeError(RuntimeError):
-        pass
 
-    def device() -> None:
-        raise CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+class CUDADriverError(RuntimeError):
+    """CuPy's."""
 
+
+def fails(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any) -> None:
+        raise error
+
+    return call
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """As much of ``cupy.cuda`` as a step asks for when it is made."""
+    module = SimpleNamespace(load=lambda cubin: None, get_function=lambda name: name)
     cupy = ModuleType("cupy")
-    cupy.cuda = SimpleNamespace(  # type: ignore[attr-defined]
-        Device=device, runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError)
+    cupy.cuda = made = SimpleNamespace(  # type: ignore[attr-defined]
+        Device=lambda: SimpleNamespace(compute_capability="90"),
+        Module=lambda: module,
+        runtime=SimpleNamespace(CUDARuntimeError=CUDARuntimeError, driverGetVersion=lambda: 12080),
+        driver=SimpleNamespace(CUDADriverError=CUDADriverError),
+        module=module,
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
+    return made
+
+
+def test_without_a_driver_the_error_says_so(gpu: SimpleNamespace) -> None:
+    """As CuPy says it where there is none."""
+    gpu.Device = fails(CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient"))
     with pytest.raises(cuda.CudaError, match=r"^no CUDA device: cudaErrorInsufficientDriver: CUDA driver version"):
         cuda.CudaStep()
+
+
+@pytest.mark.parametrize("error", [CUDADriverError, CUDARuntimeError])
+def test_a_driver_that_is_too_old_for_the_kernels_is_told_with_what_helps(
+    gpu: SimpleNamespace, folders: list[Path], error: type[Exception]
+) -> None:
+    gpu.module.load = fails(error("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid"))
+    with pytest.raises(
+        cuda.CudaError,
+        match=r"^the GPU's driver, of CUDA 12\.8, does not load the kernels: CUDA_ERROR_INVALID_IMAGE: .* is invalid; "
+        r"if it is older than their compiler, pretended 1\.0, update it, or: pip install 'nvidia-cuda-nvrtc<12\.9'$",
+    ):
+        cuda.CudaStep()
+
+
+def test_arrays_of_another_dtype_than_the_kernels_are_refused(gpu: SimpleNamespace, folders: list[Path]) -> None:
+    """The kernel would read and write past their ends."""
+    step = cuda.CudaStep("float16")
+    half, single = np.zeros((1, 4), np.float16), np.zeros((1, 4), np.float32)
+    told = r"^the network gives float32 and takes float16: this CUDA step wants both as float16, for float16$"
+    with pytest.raises(ValueError, match=told):
+        step(None, None, single, single[None], single, None, None, None, half)
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``nvcc(version)``: such a compiler and no NVRTC; what it makes is its version."""
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
+    monkeypatch.setattr(native, "_places", lambda: [tmp_path / "cache"])
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def install(version: str) -> None:
+        compiler = tmp_path / "nvcc"
+        compiler.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools\nBuild {version}" && exit\n'
+            f'[ {version} = slow ] && exec sleep 60\nwhile [ "$1" != -o ]; do shift; done; printf {version} > "$2"\n'
+        )
+        compiler.chmod(0o755)
+
+    return install
+
+
+def test_another_nvcc_compiles_anew(nvcc: Callable[[str], None]) -> None:
+    nvcc("13.0")
+    assert cuda._compiler() == "nvcc Build 13.0"
+    assert cuda.cubin("90") == b"13.0"
+    nvcc("13.1")
+    assert cuda.cubin("90") == b"13.1"
+
+
+def test_an_nvcc_that_hangs_is_given_up_in_one_line(
+    nvcc: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc("slow")
+    monkeypatch.setattr(cuda, "NVCC_S", 0.2)
+    told = r"^nvcc does not compile cuda\.cu for -arch=sm_90: .* timed out after .*; pip install cuda-bindings nvidia-cuda-"
+    with pytest.raises(cuda.CudaError, match=told):
+        cuda.cubin("90")
 
 
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

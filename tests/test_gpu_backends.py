@@ -17,6 +17,7 @@ from typing import Any
 
 import lazy_cuda
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from conftest import network
@@ -322,6 +323,45 @@ def test_onnx_runtime_gives_the_cpus_bits_on_one_stream(
     engine.warm_up()
     for one, other in zip(here, engine.generate(requests), strict=True):
         assert one.pixels.tobytes() == other.pixels.tobytes()
+
+
+def in_half(bundle: Bundle, folder: Path, gives: int = onnx.TensorProto.FLOAT16) -> Bundle:
+    """Its graph with a float16 input, and such an output if nothing else is said: the same network between casts."""
+    model = onnx.load(bundle.network)
+    (output,) = model.graph.output
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [{"x": "x_single", output.name: "raw_single"}.get(name, name) for name in names]
+    (x,) = [value for value in model.graph.input if value.name == "x"]
+    x.type.tensor_type.elem_type, output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16, gives
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["x"], ["x_single"], to=onnx.TensorProto.FLOAT))
+    model.graph.node.append(onnx.helper.make_node("Cast", ["raw_single"], [output.name], to=gives))
+    onnx.save(model, folder / bundle.network.name)
+    return dataclasses.replace(bundle, path=folder)
+
+
+@needs_cxx
+def test_the_step_is_of_the_dtype_of_the_networks_input(
+    guided: Bundle, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, requests = in_half(guided, tmp_path), requests_of(guided, True)
+    here = Engine(bundle, max_rows=3, threads=1).generate(requests)
+    single = Engine(guided, max_rows=3, threads=1).generate(requests)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lazy_cuda.CudaSession)
+    there = Engine(bundle, max_rows=3, backend=OnnxCudaBackend).generate(requests)
+    for one, other, wider in zip(here, there, single, strict=True):
+        assert one.pixels.tobytes() == other.pixels.tobytes() != wider.pixels.tobytes()
+
+
+@needs_cxx
+def test_a_network_of_two_dtypes_ends_its_samples_with_the_reason(
+    baked: Bundle, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = in_half(baked, tmp_path, onnx.TensorProto.FLOAT)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lazy_cuda.CudaSession)
+    engine = Engine(bundle, max_rows=1, backend=OnnxCudaBackend)
+    with pytest.raises(SampleFailed, match=r"the network gives float32 and takes float16: this CUDA step wants both"):
+        engine.generate(requests_of(baked, False)[:1])
 
 
 @pytest.mark.parametrize(
