@@ -3,15 +3,19 @@
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
 
+import json
 import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from .runtime import Bundle
 
 app = typer.Typer(
     name="fewstep",
@@ -118,8 +122,6 @@ def key(
     admin: Annotated[bool, typer.Option("--admin", help="May load and unload students and tables.")] = False,
 ) -> None:
     """Make an API key: the key for the caller, and its hash for the server's settings."""
-    import json
-
     from .server.keys import hashed, new_key
 
     secret = new_key()
@@ -594,10 +596,36 @@ def evaluate(
         )
 
 
+# What `export` makes, and the options that each takes; any other one is refused, for it would do nothing.
+_EXPORTS: dict[str, set[str]] = {
+    "a bundle of a checkpoint": {"output", "name", "version", "solver", "notice", "replace", "precision"},
+    "--precision": {"output", "precision"},
+    "--tensorrt": {
+        "output", "tensorrt", "precision", "flavour", "batch", "target", "sampler", "plugin", "timing_cache",
+    },
+    "--sampler": {"output", "sampler", "precision", "solver", "steps", "replace"},
+    "--triton": {
+        "repository", "variant", "tensorrt", "device", "precision", "name", "decoupled", "max_rows", "instances",
+        "threads", "replace",
+    },
+    "--triton --variant graph": {
+        "repository", "variant", "device", "precision", "name", "solver", "steps", "max_rows", "instances", "threads",
+        "replace",
+    },
+    "--triton --variant graph --tensorrt": {
+        "repository", "variant", "tensorrt", "device", "precision", "name", "solver", "steps", "max_rows", "instances",
+        "replace",
+    },
+}  # fmt: skip
+
+
 @app.command()
 def export(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="A student.safetensors or teacher.safetensors of a run; or a BUNDLE.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the bundle.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the bundle; --sampler: the ONNX file.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The student's name; the recipe's.")] = None,
     version: Annotated[str, typer.Option(help="The student's version.")] = "1",
     solver: Annotated[str | None, typer.Option(help="Solver of a request that does not say; the method's own.")] = None,
@@ -608,23 +636,25 @@ def export(
     ] = False,
     precision: Annotated[
         str | None,
-        typer.Option(help="BUNDLE: float32, float16, bfloat16, int8, int8-cpu, with commas. --triton: what runs."),
+        typer.Option(help="float32, float16, bfloat16, int8, int8-cpu, with commas. --triton: what runs."),
     ] = None,
     flavour: Annotated[str, typer.Option(help="--tensorrt: rtx or full.")] = "rtx",
     batch: Annotated[str, typer.Option(help="--tensorrt: smallest, usual and largest number of rows.")] = "1,8,64",
     target: Annotated[str | None, typer.Option(help="--tensorrt: sm80,sm89 and so on; portable.")] = None,
     sampler: Annotated[
-        bool, typer.Option("--sampler", help="--tensorrt: the whole sampler too, as one engine.")
+        bool, typer.Option("--sampler", help="BUNDLE: the whole sampler as an ONNX file; --tensorrt: as an engine too.")
     ] = False,
     plugin: Annotated[
         bool, typer.Option("--plugin", help="--sampler: our kernel in the engine, by a plugin of the full TensorRT.")
     ] = False,
-    timing_cache: Annotated[Path | None, typer.Option(help="--tensorrt: file of measured kernel times.")] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="--flavour full: file of measured kernel times.")] = None,
     repository: Annotated[
         Path | None, typer.Option("--triton", help="BUNDLE: write it into this model repository.")
     ] = None,
     variant: Annotated[str, typer.Option(help="--triton: inflight, iterative, loop or graph.")] = "inflight",
-    steps: Annotated[int | None, typer.Option(help="--variant graph: network calls; the default table's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="--sampler, --variant graph: network calls; the default table's.")
+    ] = None,
     decoupled: Annotated[bool, typer.Option("--decoupled", help="--triton: with previews, for streams only.")] = False,
     max_rows: Annotated[int, typer.Option(min=1, help="--triton: samples that run together in an instance.")] = 16,
     instances: Annotated[int, typer.Option(min=1, help="--triton: processes that run the student.")] = 1,
@@ -633,8 +663,21 @@ def export(
 ) -> None:
     """Turn a trained network into a bundle, add precisions and TensorRT engines to one, or give one to Triton.
 
-    With --precision a bundle gets precisions/*.onnx and parity.json, which holds each against float32 step by step.
+    With --precision a bundle gets precisions/*.onnx and parity.json, which holds each against float32 step by step, and
+    against PyTorch where a checkpoint is exported.
     """
+    is_checkpoint = Path(source).is_file()
+    if repository is not None:
+        made = "--triton" + (" --variant graph" + " --tensorrt" * tensorrt) * (variant == "graph")
+    elif tensorrt:
+        made = "--tensorrt"
+    elif sampler:
+        made = "--sampler"
+    elif precision is not None and not is_checkpoint:
+        made = "--precision"
+    else:
+        made = "a bundle of a checkpoint"
+    _refuse_idle(context, made)
     if repository is not None:
         folder = _export_to_triton(
             source, repository, variant, solver, steps, tensorrt, device, precision, name=name, is_decoupled=decoupled,
@@ -648,23 +691,90 @@ def export(
             )
         return
     _need_torch("export")
-    if tensorrt or precision is not None:
-        _export_more(
-            source, output, tensorrt, precision or "float16", flavour, batch, target, sampler, plugin, timing_cache
-        )
+    from .export.precisions import PRECISIONS
+
+    given = precision or {"--tensorrt": "float16", "--sampler": "float32"}.get(made)
+    precisions = [_one_of("--precision", each, PRECISIONS) for each in given.split(",")] if given else []
+    if made != "a bundle of a checkpoint":
+        if is_checkpoint:
+            _stop(f"{made}: needs a bundle: fewstep export {source} -o FOLDER makes one")
+        from .runtime import Bundle
+
+        bundle = Bundle.load(source)
+        if made == "--tensorrt":
+            _export_engines(bundle, output or bundle.path, precisions, flavour, batch, target, sampler, plugin,
+                            timing_cache)  # fmt: skip
+        elif made == "--sampler":
+            _export_sampler(bundle, output, precisions, solver, steps, replace)
+        else:
+            from .export.additions import add_precisions
+
+            out = output or bundle.path
+            _, report = add_precisions(bundle, out, precisions)
+            _print_parity(out, report)
         return
+    if Path(source).is_dir():
+        _stop(f"{source}: is a bundle already; --precision, --tensorrt, --sampler or --triton say what to make of it")
     checkpoint = Path(source)
     if output is None:
         _stop("--output: a checkpoint needs the folder of the bundle to make")
     from .training.student_bundle import export_checkpoint
 
     bundle, parity = export_checkpoint(
-        checkpoint, output, name=name, version=version, solver=solver, notice=notice, replace=replace
-    )
+        checkpoint, output, name=name, version=version, solver=solver, notice=notice, replace=replace,
+        precisions=precisions,
+    )  # fmt: skip
     size = bundle.network.stat().st_size
     print(
         f"{output}: {bundle.name}, {len(bundle.tableaus)} tables, weights {size:,} bytes; "
         f"against torch {parity.graph_error:.1e} (graph), {parity.storage_error:.1e} (float16 storage)"
+    )
+    if precisions:
+        from .export.additions import REPORT
+
+        _print_parity(output, json.loads((output / REPORT).read_text("utf-8")))
+
+
+def _refuse_idle(context: typer.Context, made: str) -> None:
+    """Stop at an option that was given and does nothing for what `export` makes."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE" or parameter.name in {"source", *_EXPORTS[made]}:
+            continue
+        flag = max(parameter.opts, key=len)
+        where = [kind for kind, takes in _EXPORTS.items() if parameter.name in takes]
+        _stop(f"{flag}: does nothing with {made}; it belongs to {' or '.join(where)}")
+
+
+def _print_parity(out: Path, report: dict[str, Any]) -> None:
+    against = "torch" if report["against_torch"] else "float32"
+    for precision, found in report[f"against_{against}"].items():
+        steps = found["steps"]
+        how = ", emulated on the CPU" if report["run"][precision].startswith("emulated") else ""
+        print(
+            f"{out}: {precision}{how}: against {'PyTorch' if against == 'torch' else 'float32 in ONNX Runtime'} at the "
+            f"worst of {len(steps)} steps: max abs {max(step['max_abs'] for step in steps):.2g}, "
+            f"relative {max(step['relative'] for step in steps):.2g}; "
+            f"samples {report['against_float32'][precision]['samples']:.2g} from float32's"
+        )
+
+
+def _export_sampler(
+    bundle: "Bundle", output: Path | None, precisions: list[Any], solver: str | None, steps: int | None, replace: bool
+) -> None:
+    from .export.sampler_file import write_sampler
+
+    if output is None:
+        _stop("--output: --sampler needs the ONNX file to write, such as -o sampler.onnx")
+    if len(precisions) != 1:
+        _stop("--precision: a sampler has one")
+    tableau = _named("--steps", lambda: bundle.tableau(solver, steps))
+    parity = write_sampler(bundle, output, tableau, precisions[0], replace)
+    how = ", emulated on the CPU," if precisions[0] == "bfloat16" else ""
+    print(
+        f"{output}: {bundle.name}, {tableau.name} with {tableau.num_steps} steps, {precisions[0]}{how} "
+        f"{output.stat().st_size:,} bytes; against the engine's samples: max abs {parity.max_abs:.2g}, "
+        f"relative {parity.relative:.2g}"
     )
 
 
@@ -706,11 +816,10 @@ def _export_to_triton(
     return write_graph_model(bundle, repository, solver=solver, steps=steps, is_tensorrt=is_tensorrt, **common)
 
 
-def _export_more(
-    source: str,
-    output: Path | None,
-    tensorrt: bool,
-    precision: str,
+def _export_engines(
+    bundle: "Bundle",
+    out: Path,
+    precisions: list[Any],
     flavour: str,
     batch: str,
     target: str | None,
@@ -718,23 +827,9 @@ def _export_more(
     plugin: bool,
     timing_cache: Path | None,
 ) -> None:
-    from .export.additions import add_engines, add_precisions
+    from .export.additions import add_engines
     from .export.engines import FLAVOURS
-    from .export.precisions import PRECISIONS
-    from .runtime import Bundle
 
-    bundle = Bundle.load(source)
-    out = output or bundle.path
-    precisions = [_one_of("--precision", each, PRECISIONS) for each in precision.split(",")]
-    if not tensorrt:
-        _, report = add_precisions(bundle, out, precisions)
-        for each, found in report["against_float32"].items():
-            errors = found.get("unrun") or (
-                f"relative error {max(step['relative'] for step in found['steps']):.2g} at the worst step, "
-                f"{found['samples']:.2g} of the samples"
-            )
-            print(f"{out}: {each}: {errors}")
-        return
     try:
         low, usual, high = map(int, batch.split(","))
     except ValueError:

@@ -24,8 +24,7 @@ from safetensors.numpy import save_file
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ..export.onnx_file import save_model
-from ..export.sampler_graph import sampler_graph, sampler_inputs
-from ..export.update_op import weights_of
+from ..export.sampler_graph import request_inputs, sampler_graph, with_table
 from ..runtime import Bundle, Engine, Request, Tableau
 from .triton_repository import (
     CONFIG,
@@ -115,12 +114,7 @@ def write_graph_model(
 def sampler_model(bundle: Bundle, tableau: Tableau) -> onnx.ModelProto:
     """The graph: the sampler with its table inside, in Triton's names, to eight-bit pixels."""
     model = sampler_graph(onnx.load(str(bundle.network)), tableau.num_steps, tableau.num_places)
-    graph = model.graph
-    rows = tableau.step_rows(bundle.manifest.output.prediction())
-    graph.initializer.append(numpy_helper.from_array(weights_of(rows, tableau.num_places), "table"))
-    kept = [value for value in graph.input if value.name != "table"]
-    del graph.input[:]
-    graph.input.extend(kept)
+    graph = with_table(model, bundle, tableau).graph
     for value in graph.input:
         value.name = _INPUTS[value.name]
     for node in graph.node:
@@ -183,16 +177,7 @@ def _cases(bundle: Bundle, tableau: Tableau, graph: Path) -> dict[str, NDArray[A
 
 def graph_inputs(bundle: Bundle, tableau: Tableau, requests: list[Request]) -> dict[str, NDArray[Any]]:
     """What the graph is fed for requests, by the names of its inputs and without Triton's extra dimension."""
-    manifest = bundle.manifest
-    conditions: dict[str, NDArray[Any]] = {}
-    if manifest.labels:
-        conditions["label"] = np.array([request.label for request in requests], np.int64)
-    if manifest.guidance.mode == "embedded":
-        scale = [manifest.guidance.default if one.guidance is None else one.guidance for one in requests]
-        conditions["guidance"] = np.array(scale, np.float32)
-    seeds = np.array([request.seed for request in requests], np.uint64)
-    prediction, shape = manifest.output.prediction(), manifest.sample_shape
-    given = sampler_inputs(tableau, prediction, tableau.num_places, seeds, conditions, shape)
+    given = request_inputs(bundle, tableau, requests)
     return {_INPUTS[name]: array for name, array in given.items() if name != "table"}
 
 

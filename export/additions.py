@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import onnx
+import torch
 
 from ..runtime.bundle import EMBEDDED, MANIFEST, Bundle, BundleError, EngineFile, write_manifest
 from .engines import Flavour, build_engine
 from .onnx_file import save_model
 from .precisions import Precision, convert, measure
-from .sampler_graph import sampler_graph
+from .sampler_graph import refuse_second_call, sampler_graph
 from .step_graph import ExportError
 from .trajectory import trajectory
 
@@ -26,13 +27,17 @@ _CALIBRATION = 32  # trajectories
 T = TypeVar("T")
 
 
-def add_precisions(bundle: Bundle, out: Path, precisions: Sequence[Precision]) -> tuple[Bundle, dict[str, Any]]:
-    """Write ``precisions/*.onnx`` and ``parity.json``, each precision held against float32 step by step.
+def add_precisions(
+    bundle: Bundle, out: Path, precisions: Sequence[Precision], network: torch.nn.Module | None = None
+) -> tuple[Bundle, dict[str, Any]]:
+    """Write ``precisions/*.onnx`` and ``parity.json``, each precision held against a reference step by step.
 
     Args:
         bundle: the student.
         out: the folder to write; the bundle's own to add to it.
         precisions: which.
+        network: the bundle's in PyTorch, as it was exported. Without it the float32 graph is the only reference, and
+            how far that is from PyTorch is known from the bundle's own export.
 
     Returns:
         The new bundle, and the report: by precision, the error of each step and of the finished samples.
@@ -42,7 +47,7 @@ def add_precisions(bundle: Bundle, out: Path, precisions: Sequence[Precision]) -
     """
 
     def add(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
-        graphs = _graphs(bundle, ["float32", *precisions])
+        graphs = graphs_of(bundle, ["float32", *precisions])
         with tempfile.TemporaryDirectory() as place:
             paths: dict[Precision, Path] = {}
             for precision, graph in graphs.items():
@@ -51,12 +56,19 @@ def add_precisions(bundle: Bundle, out: Path, precisions: Sequence[Precision]) -
                 paths[precision] = keep / f"{precision}.onnx"
                 save_model(graph, paths[precision])
             tableau = bundle.tableau()
-            measured = measure(bundle, tableau, paths)
-        report = {
+            measured = measure(bundle, tableau, paths, network=network)
+        report: dict[str, Any] = {
+            "network_sha256": bundle.weights_sha256,
             "table": {"solver": tableau.name, "steps": tableau.num_steps, "sha256": tableau.sha256},
-            "against_torch": fields["metrics"].get("export"),
+            "run": {name: found["run"] for name, found in measured.items()},
+            "export": fields["metrics"].get("export"),  # of the float32 graph against PyTorch, as it was exported
+            "against_torch": {
+                name: {"steps": [asdict(step) for step in found["torch"]]}
+                for name, found in measured.items()
+                if "torch" in found
+            },
             "against_float32": {
-                name: {**found, "steps": [asdict(step) for step in found["steps"]]} if "steps" in found else found
+                name: {"steps": [asdict(step) for step in found["steps"]], "samples": found["samples"]}
                 for name, found in measured.items()
             },
         }
@@ -106,11 +118,10 @@ def add_engines(
     def add(folder: Path, fields: dict[str, Any]) -> dict[str, EngineFile]:
         (folder / "engines").mkdir(exist_ok=True)
         made: dict[str, EngineFile] = {}
-        for precision, graph in _graphs(bundle, precisions).items():
+        for precision, graph in graphs_of(bundle, precisions).items():
             kinds = {"step": graph}
             if has_sampler:
-                if bundle.manifest.guidance.mode == "classifier-free":
-                    raise ExportError(f"{bundle.name} calls its network twice a step: it has no whole-sampler graph")
+                refuse_second_call(bundle)
                 default = bundle.tableau()
                 kinds["sampler"] = sampler_graph(graph, default.num_steps, default.num_places)
             for kind, model in kinds.items():
@@ -133,7 +144,8 @@ def add_engines(
     return _with(bundle, out, add)
 
 
-def _graphs(bundle: Bundle, precisions: Sequence[Precision]) -> dict[Precision, onnx.ModelProto]:
+def graphs_of(bundle: Bundle, precisions: Sequence[Precision]) -> dict[Precision, onnx.ModelProto]:
+    """A bundle's step graph in several precisions; int8 is calibrated on its own trajectories."""
     step = onnx.load(str(bundle.network))
     inputs = []
     if {"int8", "int8-cpu"} & set(precisions):

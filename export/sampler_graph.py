@@ -7,7 +7,7 @@ An option: step graphs are what the engine runs, since rows of a batch need not 
 called once a step, so its guidance must be in its weights or one of its inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from ..kernels import normals
+from ..runtime import Bundle, Request
 from ..runtime.prediction import Prediction
 from ..runtime.tableau import Tableau
+from .step_graph import ExportError
 from .update_op import COLUMNS, DOMAIN, NAME, update_function, weights_of
 
 Array = NDArray[Any]
@@ -115,6 +117,41 @@ def sampler_graph(step: onnx.ModelProto, steps: int, slots: int) -> onnx.ModelPr
     model.functions.extend(step.functions)
     onnx.checker.check_model(model)
     return model
+
+
+def refuse_second_call(bundle: Bundle) -> None:
+    """Check that a student has a whole-sampler graph.
+
+    Raises:
+        ExportError: it calls its network twice a step.
+    """
+    if bundle.manifest.guidance.mode == "classifier-free":
+        raise ExportError(f"{bundle.name} calls its network twice a step: it has no whole-sampler graph")
+
+
+def with_table(model: onnx.ModelProto, bundle: Bundle, tableau: Tableau) -> onnx.ModelProto:
+    """Put a table into a sampler graph, which is changed: ``table`` is no input any more."""
+    rows = tableau.step_rows(bundle.manifest.output.prediction())
+    weights = weights_of(rows, tableau.num_places)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weights, "table"))
+    kept = [value for value in model.graph.input if value.name != "table"]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    return model
+
+
+def request_inputs(bundle: Bundle, tableau: Tableau, requests: Sequence[Request]) -> dict[str, Array]:
+    """What a graph with ``tableau.num_places`` slots is fed for requests."""
+    manifest = bundle.manifest
+    conditions: dict[str, Array] = {}
+    if manifest.labels:
+        conditions["label"] = np.array([request.label for request in requests], np.int64)
+    if manifest.guidance.mode == "embedded":
+        scale = [manifest.guidance.default if one.guidance is None else one.guidance for one in requests]
+        conditions["guidance"] = np.array(scale, np.float32)
+    seeds = np.array([request.seed for request in requests], np.uint64)
+    prediction, shape = manifest.output.prediction(), manifest.sample_shape
+    return sampler_inputs(tableau, prediction, tableau.num_places, seeds, conditions, shape)
 
 
 def sampler_inputs(

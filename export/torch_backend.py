@@ -22,7 +22,6 @@ from ..runtime.backends import BackendError, OnnxBackend
 from ..runtime.devices import Array, Cpu, Cuda, Device
 from ..runtime.gpu_backends import Buckets, gpu
 
-INPUTS = ("x", "t", "label", "guidance")  # in the order of the module's arguments
 _TOLERANCE = 0.02  # root mean square over that of the output: half-precision weights, TF32; other weights are near 1
 
 

@@ -15,6 +15,7 @@ from ..runtime import Bundle, Engine, Request, Tableau
 from ..runtime.backends import OnnxBackend
 
 Array = NDArray[Any]
+INPUTS = ("x", "t", "label", "guidance")  # in the order of a module's arguments
 
 
 class Call(NamedTuple):
@@ -77,13 +78,14 @@ def against_torch(bundle: Bundle, network: torch.nn.Module, samples: int = 4) ->
         samples: trajectories.
     """
     calls, _ = trajectory(bundle, bundle.tableau(), bundle.network, samples)
-    errors = []
-    for i, (inputs, raw) in enumerate(calls):
-        names = [name for name in ("x", "t", "label", "guidance") if name in inputs]
-        with torch.no_grad():
-            wanted = network(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
-        errors.append(StepError.of(i, raw, wanted))
-    return errors
+    return [StepError.of(i, raw, said(network, inputs)) for i, (inputs, raw) in enumerate(calls)]
+
+
+def said(network: torch.nn.Module, inputs: dict[str, Array]) -> Array:
+    """What a network in PyTorch says to a call's inputs."""
+    with torch.no_grad():
+        raw = network(*(torch.from_numpy(inputs[name]) for name in INPUTS if name in inputs))
+    return raw.numpy()  # type: ignore[no-any-return]
 
 
 class _Recording(OnnxBackend):

@@ -108,8 +108,15 @@ def test_a_finished_run_is_not_run_again(digits: Path) -> None:
 
 @pytest.mark.slow
 def test_digits_from_a_recipe_to_recognisable_images_over_http(digits: Path, tmp_path: Path) -> None:
-    said = fewstep("export", digits / "student.safetensors", "-o", "student", cwd=tmp_path)
+    said = fewstep("export", digits / "student.safetensors", "-o", "student", "--precision", "bfloat16", cwd=tmp_path)
     assert "tiny-digits" in said
+    for precision in ("float32", "bfloat16, emulated on the CPU"):
+        assert f"student: {precision}: against PyTorch at the worst of 4 steps: max abs " in said
+    parity = json.loads((tmp_path / "student" / "parity.json").read_text())
+    assert {name: len(found["steps"]) for name, found in parity["against_torch"].items()} == {
+        "float32": 4,
+        "bfloat16": 4,
+    }
     assert "ancestral *" in fewstep("inspect", "student", cwd=tmp_path)
     fewstep("generate", "student", "--label", "7", "--num", "4", "-o", "seven.png", cwd=tmp_path)
     with Image.open(tmp_path / "seven.png") as picture:

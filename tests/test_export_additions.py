@@ -4,7 +4,9 @@ import base64
 import json
 import urllib.request
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
+from conftest import network
 from onnx import helper
 from PIL import Image
 
@@ -21,12 +25,22 @@ from fewstep.export.engines import build_engine
 from fewstep.export.precisions import Precision, convert
 from fewstep.export.sampler_graph import sampler_graph
 from fewstep.export.step_graph import ExportError
-from fewstep.export.trajectory import trajectory
+from fewstep.export.trajectory import relative, said, trajectory
 from fewstep.runtime import Bundle, BundleError, Engine, Request
 from fewstep.runtime.bundle import MANIFEST, EngineFile
 from fewstep.runtime.pictures import encode
 
 needs_tensorrt = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
+
+
+def ran(*arguments: str | Path, status: int = 0) -> str:
+    """What a command said: on its output if it went well, else its errors."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.setattr("sys.argv", ["fewstep", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert (ended.value.code or 0) == status, err.getvalue()
+    return err.getvalue() if status else out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +52,72 @@ def with_precisions(baked: Bundle, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_every_precision_is_held_against_float32_at_every_step(with_precisions: tuple[Bundle, dict[str, Any]]) -> None:
     bundle, report = with_precisions
     found = report["against_float32"]
+    assert not report["against_torch"]  # a bundle holds no torch module
     assert json.loads((bundle.path / REPORT).read_text()) == report
-    for precision, bound in (("float32", 0.0), ("float16", 5e-3), ("int8", 0.5), ("int8-cpu", 0.5)):
+    bounds = {"float32": 0.0, "float16": 5e-3, "bfloat16": 5e-2, "int8": 0.5, "int8-cpu": 0.5}
+    assert found.keys() == report["run"].keys() == bounds.keys()
+    for precision, bound in bounds.items():
         steps = found[precision]["steps"]
         assert [step["step"] for step in steps] == list(range(bundle.tableau().num_steps))
         assert max(step["relative"] for step in steps) <= bound
-    assert "no bfloat16" in found["bfloat16"]["unrun"]
-    assert report["against_torch"] == bundle.manifest.metrics["export"]
+    assert [name for name, how in report["run"].items() if how.startswith("emulated")] == ["bfloat16"]
+    assert report["export"] == bundle.manifest.metrics["export"]
+
+
+def test_every_precision_is_held_against_pytorch_where_there_is_a_network(baked: Bundle, tmp_path: Path) -> None:
+    """And bfloat16, which the CPU emulates, is as far from it as PyTorch's own bfloat16: half as far to twice."""
+    _, report = add_precisions(baked, tmp_path / "student", ["float16", "bfloat16"], network(0))
+    errors = {name: found["steps"] for name, found in report["against_torch"].items()}
+    assert set(errors) == {"float32", "float16", "bfloat16"}
+    stored = report["export"]["storage_error"]  # float32 arithmetic, weights stored in half precision
+    assert 0 < max(step["relative"] for step in errors["float32"]) <= 2 * stored
+    brain = network(0).eval().bfloat16()
+    brain.level.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))  # embeds the level in float32
+    calls, _ = trajectory(baked, baked.tableau(), baked.network, 32)
+    for i, (inputs, _) in enumerate(calls):
+        wanted = said(network(0).eval(), inputs)
+        x, t, label = (torch.from_numpy(inputs[name]) for name in ("x", "t", "label"))
+        with torch.no_grad():
+            rounded = brain(x.bfloat16(), t.bfloat16(), label).float().numpy()
+        theirs, ours = relative(rounded, wanted), errors["bfloat16"][i]
+        assert theirs / 2 < ours["relative"] < theirs * 2
+        assert ours["max_abs"] > ours["relative"] * np.sqrt(np.mean(wanted**2))
+        assert errors["float16"][i]["relative"] < ours["relative"]
+
+
+def test_a_checkpoint_has_to_be_a_bundle_first(tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    path.touch()
+    assert ran("export", path, "--sampler", "-o", "s.onnx", status=2) == (
+        f"fewstep: --sampler: needs a bundle: fewstep export {path} -o FOLDER makes one\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--precision", "float16", "--plugin"], "--plugin: does nothing with --precision; it belongs to --tensorrt"),
+        (["--precision", "float16", "--flavour", "full"], "--flavour: does nothing with --precision; it belongs to"),
+        (["--sampler", "--target", "sm99"], "--target: does nothing with --sampler; it belongs to --tensorrt"),
+        (["--tensorrt", "--steps", "2"], "--steps: does nothing with --tensorrt; it belongs to --sampler or --triton"),
+        (
+            ["--tensorrt", "--name", "me"],
+            "--name: does nothing with --tensorrt; it belongs to a bundle of",
+        ),
+        (["--triton", "r", "--solver", "ddim"], "--solver: does nothing with --triton; it belongs to"),
+        (["--triton", "r", "--batch", "1,8,8"], "--batch: does nothing with --triton; it belongs to --tensorrt"),
+        (
+            ["--timing-cache", "t"],
+            "--timing-cache: does nothing with a bundle of a checkpoint; it",
+        ),
+        ([], "{bundle}: is a bundle already; --precision, --tensorrt, --sampler or --triton say what to make of it"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(baked: Bundle, flags: list[str], message: str) -> None:
+    said = ran("export", baked.path, "-o" if "--triton" not in flags else "--name", "unmade", *flags, status=2)
+    assert said.startswith(f"fewstep: {message.format(bundle=baked.path)}")
+    assert said.count("\n") == 1
+    assert not Path("unmade").exists()
 
 
 def test_weights_have_the_precision_and_the_border_is_float32(with_precisions: tuple[Bundle, dict[str, Any]]) -> None:
@@ -108,7 +181,7 @@ def test_what_cannot_be_added_leaves_the_folder_as_it_was(bundle_copy: Path, mon
     bundle = Bundle.load(bundle_copy)
     before = sorted(bundle_copy.parent.rglob("*"))
 
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise ExportError("it failed")
 
     monkeypatch.setattr("fewstep.export.additions.measure", fails)

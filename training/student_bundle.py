@@ -8,7 +8,7 @@ class and combines (`Guided`), so a step costs one call, and tables fitted to it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..export import Parity, write_bundle
+from ..export.additions import add_precisions
+from ..export.precisions import Precision
 from ..runtime import Bundle, Tableau
 from ..runtime.schedules import karras
 from ..runtime.solvers import SOLVERS, ddim, dpmpp_2m, ipndm, unipc
@@ -37,6 +39,7 @@ def export_checkpoint(
     solver: str | None = None,
     notice: Path | None = None,
     replace: bool = False,
+    precisions: Sequence[Precision] = (),
 ) -> tuple[Bundle, Parity]:
     """Make a bundle of a trained network.
 
@@ -49,6 +52,7 @@ def export_checkpoint(
         solver: solver of a request that does not say; the method's own when left out.
         notice: a file with the notices that the data's licence asks for, copied as NOTICE.
         replace: whether a bundle that is there already may be replaced.
+        precisions: to add to it, each held against the network in PyTorch; see `additions.add_precisions`.
 
     Raises:
         CheckpointError: the file is no trained network.
@@ -95,7 +99,10 @@ def export_checkpoint(
     if notice is not None:
         files["NOTICE"] = notice.read_bytes()
     network = Guided(checkpoint.network, num_classes) if is_guided else checkpoint.network
-    return write_bundle(out, network, tables, manifest, extra_files=files, replace=replace)
+    bundle, parity = write_bundle(out, network, tables, manifest, extra_files=files, replace=replace)
+    if precisions:
+        bundle, _ = add_precisions(bundle, out, precisions, network)
+    return bundle, parity
 
 
 class Guided(nn.Module):
