@@ -8,7 +8,7 @@ difference to the call in the process of the same turn: what a machine that is s
 of them. The network runs on one thread everywhere, and the answer is encoded in the last three only, which is part of
 what they add. The clients block, and do as little as they can: the standard library's HTTP, and gRPC's own stub of
 Triton's service. ``empty_ms`` is a call that only asks whether the server lives: the connection and the wake-ups of
-both processes on this machine.
+both processes on this machine; ``bare_ms`` the same of a gRPC server that has nothing behind it.
 
 ``ceiling``: a mix of 1, 4 and 16 steps on the **simulated** accelerator (40 + n ms a call, 32 rows) in a closed loop
 with 128 clients, over the images a second that full calls would give; and the one-step requests' latency in an open
@@ -16,7 +16,9 @@ loop at half of that ceiling.
 """
 
 import argparse
+import asyncio
 import json
+import multiprocessing
 import random
 import re
 import shutil
@@ -89,6 +91,11 @@ def added(turns: int) -> dict[str, dict[str, Any]]:
         http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         channel = grpc.insecure_channel(grpc_url.removeprefix("grpc://"))
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=bare_server, args=(theirs,))
+        process.start()
+        bare_channel = grpc.insecure_channel(ours.recv())
+        bare = service_pb2_grpc.GRPCInferenceServiceStub(bare_channel)
 
         def ask(method: str, path: str, body: Any = None) -> None:
             http.request(method, path, json.dumps(body) if body else None)
@@ -124,9 +131,12 @@ def added(turns: int) -> dict[str, dict[str, Any]]:
         def live_grpc(_: int) -> None:
             stub.ServerLive(service_pb2.ServerLiveRequest())
 
+        def live_bare(_: int) -> None:
+            bare.ServerLive(service_pb2.ServerLiveRequest())
+
         calls = {
             "in-process": in_process, "openai": openai, "http": kserve, "grpc": kserve_grpc,
-            "empty http": live, "empty grpc": live_grpc,
+            "empty http": live, "empty grpc": live_grpc, "empty bare": live_bare,
         }  # fmt: skip
         taken: dict[str, list[float]] = {name: [] for name in calls}
         order, rng = list(calls), random.Random(0)
@@ -139,8 +149,10 @@ def added(turns: int) -> dict[str, dict[str, Any]]:
                 calls[name](turn + WARM_UP)
                 if turn >= 0:
                     taken[name].append(1000 * (time.perf_counter() - start_s))
-        http.close()
-        channel.close()
+        for opened in (http, channel, bare_channel):
+            opened.close()
+        ours.send("leave")
+        process.join()
     thread.stop()
     result: dict[str, dict[str, Any]] = {}
     for name in ("in-process", "openai", "http", "grpc"):
@@ -151,7 +163,28 @@ def added(turns: int) -> dict[str, dict[str, Any]]:
         }  # fmt: skip
     for name in ("http", "grpc"):
         result[name]["empty_ms"] = statistics.median(taken[f"empty {name}"])
+    result["grpc"]["bare_ms"] = statistics.median(taken["empty bare"])
     return result
+
+
+def bare_server(connection: Any) -> None:
+    """Tells its address, and lives until it is told to leave."""
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the stubs are untyped
+        async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802  # gRPC's name
+            return service_pb2.ServerLiveResponse(live=True)
+
+    async def live() -> None:
+        server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Servicer(), server)
+        connection.send(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        await asyncio.to_thread(connection.recv)
+        await server.stop(None)
+
+    asyncio.run(live())
 
 
 def ceiling(simulate: str, seconds: float) -> dict[str, Any]:
