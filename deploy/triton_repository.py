@@ -256,10 +256,16 @@ def graph_sha256(version: Path) -> str:
 
 def queue_policy() -> dict[str, Any]:
     """Triton's queue, where it has one: bounded, with the server's priorities and a timeout for who wants one."""
+    policy = {
+        "timeout_action": "REJECT",
+        "default_timeout_microseconds": 3_600_000_000,  # Triton takes a request's own only if it is less
+        "allow_timeout_override": True,
+        "max_queue_size": 1024,
+    }
     return {
         "priority_levels": PRIORITY_LEVELS,
         "default_priority_level": (PRIORITY_LEVELS + 1) // 2,
-        "default_queue_policy": {"timeout_action": "REJECT", "allow_timeout_override": True, "max_queue_size": 1024},
+        "default_queue_policy": policy,
     }
 
 

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -39,13 +41,14 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from fewstep.cli import main
 from fewstep.deploy.perf_analyzer import perf_analyzer, without_sequences
 from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
-from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, write_model
+from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, Variant, write_model
 from fewstep.deploy.triton_server import (
     Environment,
     NoTritonHere,
     TritonError,
     check,
     free_ports,
+    process_of,
     read_repository,
     refuse_without_backend,
     running,
@@ -542,31 +545,169 @@ def test_a_graphs_weights_beside_it_are_proved_too(
         read_repository(tmp_path / "repository")
 
 
-def test_models_take_turns_where_the_rate_limiter_says_so(
-    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Two models of one thread each, on a server that has one core to give."""
-    bundle = Bundle.load(make_bundle())
-    for name in ("one", "two"):
-        folder = write_model(bundle, tmp_path / "repository", variant="loop", name=name, threads=1)
-        config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
-        (resource,) = config.instance_group[0].rate_limiter.resources
-        assert (resource.name, resource.count) == ("fewstep-cores", 1)
-    flags = ["--rate-limit=execution_count", "--rate-limit-resource=fewstep-cores:1"]
-    with (
-        running(environment, tmp_path / "repository", tmp_path / "log", arguments=flags) as (http, _),
-        ThreadPoolExecutor(8) as pool,
-    ):
-        asked = {"SOLVER": "ddim", "STEPS": 2, "LABEL": 3, "SEED": 7}
-        images = list(pool.map(lambda i: over_http(http, ("one", "two")[i % 2], asked), range(16)))
-    assert len(set(sha256(images))) == 1
-
-
 def test_a_graph_of_a_student_that_calls_its_network_twice_is_refused(
     make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(RepositoryError, match="digits-guided calls its network twice a step: it has no whole-sampler"):
         write_graph_model(Bundle.load(make_bundle(is_guided=True)), tmp_path / "repository")
+
+
+# --- Triton's queue
+
+QUEUE = 4  # requests of a priority that may wait
+HOLD = """
+        import time
+        folder = Path("{folder}")
+        while (folder / "hold").exists():
+            (folder / "held").touch()
+            time.sleep(0.01)
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """`fewstep triton serve`, of models that do one image at a time and can be told to take their time."""
+
+    repository: Path
+    http: str
+    grpc: str
+    metrics: str
+
+    @contextmanager
+    def held(self, model: str) -> Iterator[None]:
+        """The model stays in its ``execute`` meanwhile, from the next request on."""
+        hold = self.repository / model / "hold"
+        hold.touch()
+        try:
+            yield
+        finally:
+            hold.unlink()
+            hold.with_name("held").unlink()
+
+    def is_held(self, model: str) -> bool:
+        """Whether a request is in the model's ``execute``, and stays there."""
+        return (self.repository / model / "held").exists()
+
+    def num_waiting(self, model: str) -> int:
+        """Requests in Triton's queue, by its metrics."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=30) as response:
+            told = response.read().decode()
+        found = re.search(rf'^nv_inference_pending_request_count{{model="{model}",.*}} (\d+)$', told, re.MULTILINE)
+        assert found, told
+        return int(found[1])
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def command(
+    environment: Environment, make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Command]:
+    """With one core for the rate limiter to give: `one` and `two` take it, `inflight` and `loop` take none."""
+    assert environment == Environment.default()
+    place = tmp_path_factory.mktemp("command")
+    models: tuple[tuple[str, Variant, int | None], ...] = (
+        ("one", "loop", 1), ("two", "loop", 1), ("loop", "loop", None), ("inflight", "inflight", 1),
+    )  # fmt: skip
+    for name, variant, threads in models:
+        folder = write_model(
+            Bundle.load(make_bundle()), place / "repository", variant=variant, name=name, threads=threads, max_rows=1
+        )
+        model = (folder / "1" / "model.py").read_text()
+        model = model.replace("        self.execute = self._model.execute\n", "")
+        execute = "        return self._model.execute(requests)\n"
+        assert model.count(execute) == 1
+        (folder / "1" / "model.py").write_text(model.replace(execute, HOLD.format(folder=folder) + execute))
+        config = text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
+        assert config.dynamic_batching.default_queue_policy.max_queue_size == 1024
+        config.dynamic_batching.default_queue_policy.max_queue_size = QUEUE
+        (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
+    http, grpc, metrics = free_ports(3)
+    serve = [sys.executable, "-m", "fewstep.cli", "triton", "serve", str(place / "repository"), f"--port={http}"]
+    serve += [f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--"]
+    serve += ["--rate-limit=execution_count", "--rate-limit-resource=fewstep-cores:1"]
+    serve += ["--exit-timeout-secs=3", "--disable-auto-complete-config"]
+    with process_of(serve, os.environ, http, place / "log") as process:
+        addresses = [f"127.0.0.1:{port}" for port in (http, grpc, metrics)]
+        yield Command(place / "repository", *addresses)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 0  # the command is the server: one signal ends both
+
+
+@pytest.mark.parametrize("model", ["inflight", "loop"])
+def test_what_waits_in_tritons_queue_goes_by_priority_is_dropped_when_late_and_refused_when_too_much(
+    command: Command, model: str
+) -> None:
+    """One request is in the model; four of low priority wait, then one that is late, four of high, too many."""
+    ended: queue.Queue[tuple[str, Any]] = queue.Queue()
+    given = inputs(triton_grpc, {"LABEL": 1, "SEED": 7})
+    with triton_grpc.InferenceServerClient(command.grpc) as client:
+
+        def ask(name: str, **options: Any) -> None:
+            client.async_infer(model, given, lambda result, error: ended.put((name, error)), **options)
+
+        with command.held(model):
+            ask("first")
+            wait_until(lambda: command.is_held(model))
+            for _ in range(QUEUE):
+                ask("low", priority=200)
+            wait_until(lambda: command.num_waiting(model) == QUEUE)
+            ask("late", priority=150, timeout=1000)
+            for _ in range(QUEUE):
+                ask("high", priority=1)
+            wait_until(lambda: command.num_waiting(model) >= 2 * QUEUE)
+            for _ in range(QUEUE + 2):
+                ask("more", priority=200)
+            refused = [ended.get(timeout=60) for _ in range(QUEUE + 1)]  # Triton may have one or two of four at hand
+            label = {"name": "LABEL", "datatype": "INT64", "shape": [1, 1], "data": [1]}
+            with pytest.raises(urllib.error.HTTPError) as over_http:
+                post(command.http, f"{model}/infer", {"inputs": [label], "parameters": {"priority": 200}})
+            assert over_http.value.code == 503
+            over_http.value.close()
+        answers = refused + [ended.get(timeout=60) for _ in range(3 * QUEUE + 4 - len(refused))]
+    errors = {name: [error for one, error in answers if one == name and error] for name, _ in answers}
+    assert [error.status() for error in errors["late"]] == ["StatusCode.UNAVAILABLE"]
+    assert "Request timeout expired" in errors["late"][0].message()
+    assert {error.status() for error in errors["more"]} == {"StatusCode.UNAVAILABLE"}
+    assert all("Exceeds maximum queue size" in error.message() for error in errors["more"])
+    assert QUEUE <= len(errors["more"]) <= QUEUE + 2
+    assert not errors["first"] + errors["low"] + errors["high"]
+    order = [name for name, error in answers if error is None]
+    last = len(order) - order[::-1].index("high")
+    assert order[:last].count("low") + order[:last].count("more") < QUEUE, (
+        order
+    )  # in the order of asking it would be all
+
+
+def test_models_take_turns_where_the_rate_limiter_says_so(command: Command) -> None:
+    """While one model is at work with the only core the other one with threads waits, and whoever comes behind that."""
+    ended: queue.Queue[str] = queue.Queue()
+    given = inputs(triton_grpc, {"LABEL": 1, "SEED": 7})
+    for name, resources in (("one", [("fewstep-cores", 1)]), ("two", [("fewstep-cores", 1)]), ("loop", [])):
+        config = text_format.Parse((command.repository / name / "config.pbtxt").read_text(), ModelConfig())
+        assert [(one.name, one.count) for one in config.instance_group[0].rate_limiter.resources] == resources
+    with triton_grpc.InferenceServerClient(command.grpc) as client:
+
+        def ask(model: str) -> None:
+            client.async_infer(model, given, lambda result, error: ended.put(f"{model}: {error}"))
+
+        with command.held("one"):
+            ask("one")
+            wait_until(lambda: command.is_held("one"))
+            ask("loop")
+            assert ended.get(timeout=60) == "loop: None"
+            ask("two")
+            wait_until(lambda: command.num_waiting("two") == 1)
+            ask("loop")
+            time.sleep(1)
+            assert ended.empty()
+            assert command.num_waiting("two") == 1
+        assert {ended.get(timeout=60) for _ in range(3)} == {"one: None", "two: None", "loop: None"}
 
 
 # --- on a GPU
