@@ -77,7 +77,7 @@ def serve(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or tensorrt.", show_default="cpu")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="CPU: float32, or one that `fewstep export --precision` added.")
+        str | None, typer.Option(help="float32, or one that `fewstep export` added; tensorrt: of the engine.")
     ] = None,
     simulate: Annotated[
         str | None, typer.Option(help="A+B: simulate an accelerator whose call on n rows takes A + B n ms.")

@@ -140,7 +140,7 @@ class Student:
                 max_waiting=1 << 20,  # waiting is Triton's work; the engine's line only keeps its slots full
                 threads=threads,
                 precision=said["precision"],
-                backend=backend_on(said["device"]),
+                backend=backend_on(said["device"], said["precision"]),
             )
             self.engine.warm_up()
         except Exception as error:  # whatever it is: Triton's log gets one line

@@ -23,7 +23,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ..runtime import Bundle
 from ..runtime.call import INPUTS, OUTPUTS, PRIORITY_LEVELS
-from ..runtime.gpu_backends import DeviceName
+from ..runtime.gpu_backends import DeviceName, refuse_lack
 
 Variant = Literal["inflight", "iterative", "loop"]
 VARIANTS: tuple[Variant, ...] = ("inflight", "iterative", "loop")  # beside these there is `triton_graph`
@@ -114,7 +114,7 @@ def write_model(
         instances: processes, each with an engine of its own; on a GPU, so many on each that the server has.
         threads: CPU threads of one network call; the machine's cores when left out.
         device: see `gpu_backends.backend_on`.
-        precision: of the network on the CPU, one that the bundle has.
+        precision: of the network, one that the bundle has; on TensorRT, of the engine.
         replace: take the place of a model of this name.
 
     Returns:
@@ -123,12 +123,14 @@ def write_model(
     Raises:
         RepositoryError: it is there already, or the name is none that Triton takes; or the bundle has nothing for the
             device.
+        BackendError: it has no such engine.
         BundleError: it has no such precision.
     """
     name = name or bundle.name
     if device != "cpu":
         _refuse_misfit(bundle, device, precision, threads)
-    bundle.network_in(precision)
+    if device != "tensorrt":
+        bundle.network_in(precision)
     said = {
         "variant": variant,
         "max_rows": str(max_rows),
@@ -151,12 +153,10 @@ def write_model(
 
 
 def _refuse_misfit(bundle: Bundle, device: DeviceName, precision: str, threads: int | None) -> None:
-    for flag, is_said in (("--precision", precision != "float32"), ("--threads", threads is not None)):
-        if is_said:
-            raise RepositoryError(f"{flag}: is the CPU's choice; leave it out with --device {device}")
-    if device == "tensorrt" and all(engine.graph != "step" for engine in bundle.manifest.engines.values()):
-        how = f"fewstep export {bundle.name} -o FOLDER --tensorrt"
-        raise RepositoryError(f"--device: {bundle.name} has no TensorRT engine; {how} builds one into a bundle")
+    if threads is not None:
+        raise RepositoryError(f"--threads: is the CPU's choice; leave it out with --device {device}")
+    if device == "tensorrt":
+        refuse_lack(bundle, precision)
 
 
 def _model_file(device: DeviceName) -> str:

@@ -205,7 +205,7 @@ class Model:
     version: Path  # the folder that Triton serves
     bundle: Bundle | None  # None: a graph, which no Python runs
     device: str = "cpu"
-    precision: str = "float32"  # of the network on the CPU
+    precision: str = "float32"  # of the network
 
 
 def read_repository(repository: Path) -> list[Model]:
@@ -453,7 +453,8 @@ def check(
                 wanted = graph_cases(model.version)
             else:
                 levels = 0 if model.device == "cpu" else _GPU_LEVELS
-                wanted = cases(model.bundle, precision=model.precision, levels=levels)
+                precision = "float32" if model.device == "tensorrt" else model.precision
+                wanted = cases(model.bundle, precision=precision, levels=levels)
             yield model, check_model(address, model, wanted)
 
 

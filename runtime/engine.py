@@ -77,7 +77,7 @@ class Engine:
         max_rows: rows that run together; a row is one sample, and guidance without distillation takes two.
         max_waiting: samples that may wait; further ones are refused with `QueueFull`.
         threads: CPU threads of one network call; the machine's cores when left out.
-        precision: which of the bundle's networks the CPU runs; see `Bundle.network_in`.
+        precision: which of the bundle's networks the CPU runs; see `Bundle.network_in`. A backend is told by itself.
         backend: makes the network from (bundle, rows); ONNX Runtime on the CPU when left out.
         ageing_s: time in line that is worth one level of priority.
         weight: its share of the device, of those that an `EngineThread` steps.

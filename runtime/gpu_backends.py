@@ -23,13 +23,17 @@ from .devices import Array, Cuda
 
 log = logging.getLogger("fewstep")
 
+_EXACT = ("float32", "float16", "bfloat16", "int8")  # of an engine, the most exact first
+
 DeviceName = Literal["cpu", "cuda", "tensorrt"]
 DEVICES: tuple[DeviceName, ...] = get_args(DeviceName)
 
 
-def backend_on(device: DeviceName) -> Callable[[Bundle, int], Backend] | None:
-    """What makes the networks of an `Engine` on a device; None is ONNX Runtime on the CPU."""
-    return {"cpu": None, "cuda": OnnxCudaBackend, "tensorrt": TensorRTBackend}[device]
+def backend_on(device: DeviceName, precision: str = "float32") -> Callable[[Bundle, int], Backend] | None:
+    """What makes the networks of an `Engine` on a device; None is ONNX Runtime on the CPU, by the engine itself."""
+    if device == "cpu":
+        return None
+    return partial(OnnxCudaBackend if device == "cuda" else TensorRTBackend, precision=precision)
 
 
 class OnnxCudaBackend:
@@ -38,12 +42,15 @@ class OnnxCudaBackend:
     Args:
         bundle: the student.
         rows: the largest batch.
+        precision: which of the bundle's networks; see `Bundle.network_in`.
 
     Raises:
         BackendError: there is no GPU, or the installed ONNX Runtime cannot use it.
+        BundleError: the bundle has no such precision.
     """
 
-    def __init__(self, bundle: Bundle, rows: int) -> None:
+    def __init__(self, bundle: Bundle, rows: int, precision: str = "float32") -> None:
+        network = bundle.network_in(precision)
         self.device = gpu()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -51,7 +58,7 @@ class OnnxCudaBackend:
             onnxruntime.preload_dlls()
         stream = {"user_compute_stream": str(self.device.stream.ptr)}
         providers = [("CUDAExecutionProvider", stream)]
-        self._session = onnxruntime.InferenceSession(str(bundle.network), options, providers=providers)
+        self._session = onnxruntime.InferenceSession(str(network), options, providers=providers)
         if self._session.get_providers()[0] != "CUDAExecutionProvider":  # it falls back without an error
             raise BackendError("ONNX Runtime has no working CUDA provider: pip install onnxruntime-gpu in its place")
         shape = bundle.manifest.sample_shape
@@ -79,7 +86,7 @@ class OnnxCudaBackend:
 
 
 class TensorRTBackend:
-    """A step engine of the bundle that can run here: the first one, by name, that fits library, GPU and batch.
+    """A step engine of the bundle that can run here: it fits precision, library, GPU and batch.
 
     Each batch bucket has an execution context of its own, all on one piece of working memory, since they run one after
     the other. On the full TensorRT a bucket's work is replayed as a CUDA graph, captured when the backend is made;
@@ -89,14 +96,15 @@ class TensorRTBackend:
         bundle: the student.
         rows: the largest batch.
         has_graphs: whether CUDA graphs are made.
+        precision: of the engine; left out, the most exact one that fits.
 
     Raises:
         BackendError: there is no GPU, or no engine that can run here; the message says of each why.
     """
 
-    def __init__(self, bundle: Bundle, rows: int, has_graphs: bool = True) -> None:
+    def __init__(self, bundle: Bundle, rows: int, has_graphs: bool = True, precision: str | None = None) -> None:
         self.device = gpu()
-        name, self._trt = choose_engine(bundle, rows, capability())
+        name, self._trt = choose_engine(bundle, rows, capability(), precision)
         trt, entry = self._trt, bundle.manifest.engines[name]
         self._name = bundle.path / name
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
@@ -220,20 +228,24 @@ def record(stream: Any, start: Callable[[], None]) -> Callable[[], None]:
     return partial(graph.launch, stream)
 
 
-def choose_engine(bundle: Bundle, rows: int, capability: str) -> tuple[str, Any]:
+def choose_engine(bundle: Bundle, rows: int, capability: str, precision: str | None = None) -> tuple[str, Any]:
     """The step engine that runs here, and the TensorRT module that runs it.
 
     Args:
         bundle: the student.
         rows: the largest batch.
         capability: compute capability of the GPU without the point, such as ``89``.
+        precision: of the engine; left out, the most exact one that fits.
 
     Raises:
         BackendError: there is none; the message says of each why.
     """
+    if precision is not None:
+        refuse_lack(bundle, precision)
     refused = []
-    for name, entry in sorted(bundle.manifest.engines.items()):
-        if entry.graph != "step":
+    exact_first = sorted(bundle.manifest.engines.items(), key=lambda item: (_EXACT.index(item[1].precision), item[0]))
+    for name, entry in exact_first:
+        if entry.graph != "step" or precision not in (None, entry.precision):
             continue
         module = "tensorrt_rtx" if entry.flavour == "rtx" else "tensorrt"
         try:
@@ -249,6 +261,19 @@ def choose_engine(bundle: Bundle, rows: int, capability: str) -> tuple[str, Any]
         refused.append(f"{name}: {reason}")
     told = "; ".join(refused) or "it has none; fewstep export --tensorrt builds them"
     raise BackendError(f"{bundle.name} has no TensorRT engine that runs here: {told}")
+
+
+def refuse_lack(bundle: Bundle, precision: str) -> None:
+    """Check that a bundle has a step engine of a precision, wherever that runs.
+
+    Raises:
+        BackendError: it has none; the message says what it has.
+    """
+    have = {entry.precision for entry in bundle.manifest.engines.values() if entry.graph == "step"}
+    if precision not in have:
+        told = f"--precision chooses {' or '.join(sorted(have))}" if have else "it has none"
+        how = f"fewstep export {bundle.name} -o FOLDER --tensorrt --precision {precision} builds one"
+        raise BackendError(f"precision: {bundle.name} has no step engine in {precision}: {told}; {how}")
 
 
 def gpu() -> Cuda:

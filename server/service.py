@@ -254,13 +254,14 @@ class Service:
         if settings.max_steps is not None:
             bundle = bundle.within(settings.max_steps)
         _, height, width = bundle.manifest.sample_shape
+        on_device = backend_on(settings.device, settings.precision)
         engine = Engine(
             bundle,
             max_rows=settings.max_rows,
             max_waiting=max(1, min(settings.max_waiting, settings.max_waiting_pixels // (height * width))),
             threads=settings.threads,
             precision=settings.precision,
-            backend=simulated(settings.simulate) if settings.simulate else backend_on(settings.device),
+            backend=simulated(settings.simulate) if settings.simulate else on_device,
             ageing_s=settings.ageing_s,
             weight=settings.student_weights.get(bundle.name, 1.0),
         )

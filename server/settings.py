@@ -47,7 +47,7 @@ class Settings(BaseModel):
     max_rows: int = Field(default=16, ge=1, le=4096)  # rows that run together, per student
     threads: int | None = Field(default=None, ge=1)  # CPU threads of one network call; None: all cores
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"  # the last two not run on a GPU yet
-    precision: str = "float32"  # on the CPU: float32, or what `fewstep export --precision` added to the bundles
+    precision: str = "float32"  # or what `fewstep export --precision` added to the bundles; tensorrt: of the engine
     simulate: str | None = None  # "A+B": a simulated accelerator, whose call on n rows takes A + B n ms
     encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
     student_weights: dict[str, Share] = {}  # of the device, where several students have work; else 1
@@ -84,8 +84,6 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_thing_runs_the_networks(self) -> "Settings":
-        if self.device != "cpu" and self.precision != "float32":
-            raise ValueError(f"precision is the CPU's choice: leave it out with device {self.device!r}")
         if self.simulate and (self.device != "cpu" or self.precision != "float32"):
             raise ValueError("simulate runs no network: leave device and precision out")
         return self

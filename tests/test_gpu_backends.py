@@ -23,14 +23,15 @@ import pytest
 from conftest import network
 from mixed_requests import generate_making_room, requests_of
 
-from fewstep.export.additions import add_engines
+from fewstep.export.additions import add_engines, add_precisions
 from fewstep.export.engines import Flavour
 from fewstep.export.torch_backend import torch_backend
-from fewstep.runtime import Bundle, Engine
+from fewstep.runtime import Bundle, BundleError, Engine
 from fewstep.runtime.backends import BackendError
 from fewstep.runtime.bundle import EngineFile
-from fewstep.runtime.gpu_backends import Buckets, OnnxCudaBackend, TensorRTBackend, choose_engine
+from fewstep.runtime.gpu_backends import Buckets, OnnxCudaBackend, TensorRTBackend, backend_on, choose_engine
 from fewstep.runtime.request import SampleFailed
+from fewstep.server.settings import Settings
 
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
@@ -54,6 +55,36 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_an_engine_that_fits_is_chosen(baked: Bundle, tensorrt: ModuleType) -> None:
     assert choose_engine(with_engines(baked), 16, "89") == ("engines/one.engine", tensorrt)
+
+
+def test_precision_chooses_the_engine(baked: Bundle, tensorrt: ModuleType) -> None:
+    """Left out, it is the most exact one that fits, and not the first by name."""
+    one = with_engines(baked).manifest.engines["engines/one.engine"]
+    engines = {f"{p}.engine": one.model_copy(update={"precision": p}) for p in ("bfloat16", "float16", "int8")}
+    held = dataclasses.replace(baked, manifest=baked.manifest.model_copy(update={"engines": engines}))
+    for precision in ("bfloat16", "int8"):
+        assert choose_engine(held, 16, "89", precision)[0] == f"{precision}.engine"
+    assert choose_engine(held, 16, "89")[0] == "float16.engine"
+    message = (
+        r"^precision: digits has no step engine in float32: --precision chooses bfloat16 or float16 or int8; "
+        r"fewstep export digits -o FOLDER --tensorrt --precision float32 builds one$"
+    )
+    with pytest.raises(BackendError, match=message):
+        choose_engine(held, 16, "89", "float32")
+
+
+def test_the_server_passes_its_precision_on(baked: Bundle, tensorrt: ModuleType, gpu: None, tmp_path: Path) -> None:
+    backend = backend_on("tensorrt", "int8")
+    assert backend is not None
+    with pytest.raises(
+        BackendError, match=r"^precision: digits has no step engine in int8: --precision chooses float16;"
+    ):
+        backend(with_engines(baked), 4)
+    backend = backend_on("cuda", "float16")
+    assert backend is not None
+    with pytest.raises(BundleError, match=r"^precision: digits has float32, not 'float16'; fewstep export digits -o"):
+        backend(baked, 4)
+    assert Settings.load(None, {"device": "tensorrt", "precision": "float16"}).precision == "float16"
 
 
 @pytest.mark.parametrize(
@@ -362,6 +393,18 @@ def test_a_network_of_two_dtypes_ends_its_samples_with_the_reason(
     engine = Engine(bundle, max_rows=1, backend=OnnxCudaBackend)
     with pytest.raises(SampleFailed, match=r"the network gives float32 and takes float16: this CUDA step wants both"):
         engine.generate(requests_of(baked, False)[:1])
+
+
+@needs_cxx
+def test_onnx_runtime_runs_the_precision_that_is_asked_for(
+    baked: Bundle, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, _ = add_precisions(baked, tmp_path / "student", ["float16"])
+    requests = requests_of(bundle, False)
+    here = Engine(bundle, max_rows=3, threads=1, precision="float16").generate(requests)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lazy_cuda.CudaSession)
+    there = Engine(bundle, max_rows=3, backend=backend_on("cuda", "float16")).generate(requests)
+    assert all(one.pixels.tobytes() == other.pixels.tobytes() for one, other in zip(here, there, strict=True))
 
 
 @pytest.mark.parametrize(

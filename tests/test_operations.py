@@ -338,7 +338,6 @@ def test_print_config_prints_and_does_not_serve(monkeypatch: pytest.MonkeyPatch)
         ),
         ({}, 'tls_certfile = "a.pem"\n', "tls_certfile and tls_keyfile belong together"),
         ({}, 'device = "gpu"\n', "device = 'gpu': Input should be 'cpu', 'cuda' or 'tensorrt'"),
-        ({}, 'device = "cuda"\nprecision = "int8-cpu"\n', "precision is the CPU's choice"),
         ({"FEWSTEP_SIMULATE": "40+1"}, 'precision = "int8-cpu"\n', "simulate runs no network"),
         ({}, 'log_format = "xml"\n', "log_format = 'xml': Input should be 'text' or 'json'"),
         ({"FEWSTEP_STUDENT_WEIGHTS": '{"a": 0}'}, "", "student_weights.a = 0: Input should be greater than 0"),

@@ -55,6 +55,7 @@ from fewstep.deploy.triton_server import (
 )
 from fewstep.export.engines import build_engine, tensorrt_of
 from fewstep.runtime import Bundle, BundleError, Engine, Request
+from fewstep.runtime.backends import BackendError
 from fewstep.runtime.gpu_backends import OnnxCudaBackend
 
 Pixels = NDArray[np.uint8]
@@ -757,8 +758,11 @@ def test_a_model_for_a_gpu_runs_on_the_one_that_triton_gives_it(
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"device": "tensorrt"}, r"--device: digits has no TensorRT engine; fewstep export digits -o FOLDER --ten"),
-        ({"device": "cuda", "precision": "float16"}, r"--precision: is the CPU's choice; leave it out with --device"),
+        (
+            {"device": "tensorrt"},
+            r"precision: digits has no step engine in float32: it has none; fewstep export digits",
+        ),
+        ({"device": "cuda", "precision": "float16"}, r"precision: digits has float32, not 'float16'; fewstep export d"),
         ({"device": "cuda", "threads": 2}, r"--threads: is the CPU's choice; leave it out with --device cuda"),
         ({"precision": "int8"}, r"precision: digits has float32, not 'int8'; fewstep export digits -o FOLDER --prec"),
     ],
@@ -766,7 +770,7 @@ def test_a_model_for_a_gpu_runs_on_the_one_that_triton_gives_it(
 def test_a_device_or_precision_that_the_student_has_not_is_refused(
     make_bundle: Callable[..., Path], tmp_path: Path, how: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises((RepositoryError, BundleError), match=f"^{message}"):
+    with pytest.raises((RepositoryError, BackendError, BundleError), match=f"^{message}"):
         write_model(Bundle.load(make_bundle()), tmp_path / "repository", **how)
     assert not (tmp_path / "repository").exists()
 
