@@ -244,6 +244,11 @@ class Engine:
         with self._lock:
             return self._scheduler.place(future)
 
+    def places(self) -> dict[Future[Sample], int]:
+        """The same of all that wait, at once."""
+        with self._lock:
+            return self._scheduler.places()
+
     @property
     def num_waiting(self) -> int:
         """Samples in line."""
@@ -673,8 +678,7 @@ class Engine:
         capacity = self._slots.capacity
         free = ticks_to_start(running, (ticket.request.tableau.num_steps for ticket in ahead), capacity)
         company = [*(ticket.request for ticket in (*self._slots.tickets, *ahead)), *requests]
-        outputs = sum(map(self._outputs, company)) / len(company) * min(capacity, len(company))
-        tick_s = self.pace.seconds(max(outputs, self.pace.rows))  # more may join than are here now
+        tick_s = self._tick_s(company)
         for i in range(1 + max(len(request.fallbacks) for request in requests)):
             taken = [
                 replace(request, tableau=(request.tableau, *request.fallbacks)[min(i, len(request.fallbacks))])
@@ -685,7 +689,14 @@ class Engine:
             needed_s = ticks * tick_s + self.pace.reserve_s(ticks)
             if needed_s <= left_s:
                 return taken
-        raise DeadlineInfeasible(left_s, needed_s, max(steps), len(ahead))
+        ticks = ticks_to_end([0] * capacity, steps)
+        idle_s = ticks * self._tick_s(requests) + self.pace.reserve_s(ticks)
+        raise DeadlineInfeasible(left_s, needed_s, idle_s, max(steps), len(ahead))
+
+    def _tick_s(self, company: Sequence[Request]) -> float:
+        """What a tick will take while these are there; no less than by the measured mean, since more may join."""
+        outputs = sum(map(self._outputs, company)) / len(company) * min(self._slots.capacity, len(company))
+        return self.pace.seconds(max(outputs, self.pace.rows))
 
     def _outputs(self, request: Request) -> int:
         """Rows of a network call that a request takes."""
@@ -694,12 +705,12 @@ class Engine:
         return 2 if self._has_uncond and scale != 1 else 1
 
     def seconds_to_start(self, waiting: int) -> float:
-        """When a sample that cannot wait in line may try again: the line's length by the measured pace."""
-        done = self.counters
-        if not done.row_steps:
+        """When so many of those in line will have started, by their mean steps and the measured pace of full ticks."""
+        rows, in_line = self._slots.capacity, len(self._scheduler)
+        if not self.pace.num or not in_line:
             return 1.0
-        mean_steps = done.row_steps / max(1, done.finished)
-        return max(0.05, waiting * mean_steps * done.busy_s / done.row_steps)
+        mean_steps = self._scheduler.num_steps / in_line
+        return max(0.05, waiting * mean_steps * self.pace.seconds(max(rows, self.pace.rows)) / rows)
 
 
 class EngineThread:

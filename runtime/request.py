@@ -92,12 +92,18 @@ class QueueFull(RequestError):
 class DeadlineInfeasible(RequestError):
     """Not accepted: by the measured pace it would be finished too late, or it is so already."""
 
-    def __init__(self, left_s: float, needed_s: float, num_steps: int, ahead: int) -> None:
-        self.retry_after_s = max(0.001, needed_s - left_s)
+    def __init__(self, left_s: float, needed_s: float, idle_s: float, num_steps: int, ahead: int) -> None:
+        self.retry_after_s = max(0.001, needed_s - left_s) if idle_s <= left_s else None  # None: it will never fit
         line = f" behind {ahead} others" if ahead else ""
+        advice = "allow more time or fewer steps"
+        if self.retry_after_s is None:
+            line, needed_s = "", idle_s
+            advice += ", since no wait will help"
+        else:
+            advice += f", or try again in {self.retry_after_s:.3g} s"
         super().__init__(
             f"{max(0.0, 1000 * left_s):.3g} ms are not enough: {num_steps} steps{line} would take "
-            f"{1000 * needed_s:.3g} ms; allow more time or fewer steps, or try again in {self.retry_after_s:.3g} s"
+            f"{1000 * needed_s:.3g} ms; {advice}"
         )
 
 
@@ -144,6 +150,11 @@ class Ticket:
     on_preview: Callable[[Preview], None] | None = None
     started_s: float = 0.0  # 0 until it has
     paused: Paused | None = None  # set while it waits to go on
+
+    @property
+    def num_steps_left(self) -> int:
+        """Table rows to go, while it waits."""
+        return self.paused.left if self.paused else self.request.tableau.num_steps
 
     def rank(self, now_s: float, ageing_s: float) -> float:
         """Its priority, and a level more for each ``ageing_s`` since it came."""

@@ -72,6 +72,7 @@ class Scheduler:
         self._levels: dict[int, _Level] = {}  # none is empty
         self._arrival = count()
         self._num = 0
+        self.num_steps = 0  # that those in line have before them
         self._of_caller: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -83,15 +84,17 @@ class Scheduler:
         level = self._levels.setdefault(request.priority, _Level())
         due = level.shares.due(request.caller)
         level.shares.charge(request.caller, due, request.tableau.num_steps / request.weight)
-        heapq.heappush(level.line, (due, next(self._arrival), ticket))
-        self._num += 1
-        self._of_caller[request.caller] += 1
+        self._put(level, due, ticket)
 
     def put_back(self, ticket: Ticket) -> None:
         """Put a request that had started at the head of its level; it costs its caller nothing more."""
         level = self._levels.setdefault(ticket.request.priority, _Level())
-        heapq.heappush(level.line, (-math.inf, next(self._arrival), ticket))
+        self._put(level, -math.inf, ticket)
+
+    def _put(self, level: _Level, due: float, ticket: Ticket) -> None:
+        heapq.heappush(level.line, (due, next(self._arrival), ticket))
         self._num += 1
+        self.num_steps += ticket.num_steps_left
         self._of_caller[ticket.request.caller] += 1
 
     def gives_way(self, running: Ticket, priority: int, rank: float, now_s: float) -> bool:
@@ -137,6 +140,12 @@ class Scheduler:
                     return above + sum(other[:2] < entry[:2] for other in level.line)
         return None
 
+    def places(self) -> dict[Future[Sample], int]:
+        """The same of all that wait, at once."""
+        levels = [level for _, level in sorted(self._levels.items(), reverse=True)]
+        line = (ticket for level in levels for *_, ticket in sorted(level.line, key=lambda entry: entry[:2]))
+        return {ticket.future: i for i, ticket in enumerate(line)}
+
     def lengths(self) -> dict[int, int]:
         """How many wait, by priority."""
         return {priority: len(level.line) for priority, level in list(self._levels.items())}
@@ -176,6 +185,7 @@ class Scheduler:
     def _forget(self, ticket: Ticket) -> None:
         caller = ticket.request.caller
         self._num -= 1
+        self.num_steps -= ticket.num_steps_left
         self._of_caller[caller] -= 1
         if not self._of_caller[caller]:
             del self._of_caller[caller]

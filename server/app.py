@@ -83,7 +83,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/jobs")
     async def jobs() -> dict[str, Any]:
-        return {"object": "list", "data": [job.describe(is_whole=False) for job in service.jobs.all()]}
+        return {"object": "list", "data": service.jobs.describe_all()}
 
     @app.get("/v1/jobs/{job}")
     async def get_job(job: str) -> dict[str, Any]:

@@ -420,6 +420,8 @@ async def _abort(context: Any, error: ApiError) -> NoReturn:
         wait_ms = str(math.ceil(error.retry_after_s * 1000))
         # The first is for whoever asks, the second for gRPC's own retries: a negative number ends them.
         trailing += [("retry-after-ms", wait_ms), ("grpc-retry-pushback-ms", "-1" if error.is_final else wait_ms)]
+    elif error.is_final:
+        trailing.append(("grpc-retry-pushback-ms", "-1"))
     await context.abort(_status_of(error), error.message, tuple(trailing))
     raise AssertionError("abort raises")
 

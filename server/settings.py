@@ -60,7 +60,8 @@ class Settings(BaseModel):
     max_connections: int = Field(default=4096, ge=1)  # open at once over HTTP; further ones are refused with 503
     request_timeout_s: float = Field(default=30.0, gt=0)  # for a request to be there
     ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
-    max_jobs: int = Field(default=1000, ge=1)  # under way or finished
+    max_jobs: int = Field(default=1000, ge=1)  # under way or finished, of each caller
+    max_job_bytes: int = Field(default=1 << 28, ge=1)  # of each caller's results; the oldest go first
     job_ttl_s: float = Field(default=600.0, gt=0)  # for which a finished job is kept
     drain_timeout_s: float = Field(default=30.0, gt=0)  # for accepted requests, after SIGTERM; then they are cut off
     # Who may call

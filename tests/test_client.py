@@ -153,7 +153,7 @@ def test_what_is_wrong_is_one_error_with_status_field_and_message(client: fewste
     with pytest.raises(fewstep.ClientError) as error:
         client.generate("3", deadline_ms=1)
     assert (error.value.status, error.value.code) == (429, "deadline_infeasible")
-    assert (error.value.retry_after_s or 0) > 0
+    assert error.value.retry_after_s is None  # it would never fit
     with fewstep.Client(url, api_key=READER) as reader:
         assert reader.generate("3", num_inference_steps=1).images
         with pytest.raises(fewstep.ClientError, match=r"^403: "):

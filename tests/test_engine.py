@@ -330,17 +330,6 @@ def test_what_nobody_wants_any_more_makes_room_in_a_full_queue(baked: Bundle, cl
     assert (engine.counters.finished, engine.counters.cancelled, engine.counters.expired) == (2, 1, 1)
 
 
-def test_the_retry_time_is_the_line_at_the_measured_pace(baked: Bundle) -> None:
-    engine = engine_of(baked, max_rows=1, max_waiting=4)
-    _, short = long_and_short(baked)
-    engine.generate([short] * 4)
-    engine.counters.busy_s = 2.0  # half a second a sample
-    engine.submit([short] * 4)
-    with pytest.raises(QueueFull) as caught:
-        engine.submit([short])
-    assert caught.value.retry_after_s == pytest.approx(4 * 0.5)
-
-
 def test_a_callback_may_submit_again(baked: Bundle, clock: SimpleNamespace) -> None:
     """Whatever end a future comes to, no lock is held when its callbacks run."""
     engine = engine_of(baked, clock=clock.read, max_rows=1, max_waiting=2)

@@ -149,6 +149,42 @@ def test_jobs_belong_to_their_caller_and_end_with_their_time(make_bundle: Callab
         assert client.get("/v1/jobs", headers=ann).json()["data"] == []
 
 
+def test_no_caller_pushes_out_the_jobs_of_another(make_bundle: Callable[..., Path]) -> None:
+    """Neither by their number nor by the size of their results; one's own oldest go."""
+    keys = {name: {"sha256": hashed(name)} for name in ("ann", "bob")}
+    said = {"bundles": (str(make_bundle()),), "api_keys": keys, "threads": 1, "max_jobs": 4, "max_job_bytes": 3000}
+    service = Service(Settings.load(None, said))
+    with TestClient(gated(create_app(service), service)) as client:
+        ann, bob = ({"X-API-Key": name} for name in ("ann", "bob"))
+
+        def put(name: str, caller: dict[str, str], num: int) -> None:
+            answer = client.put(f"/v1/jobs/{name}", json={"prompt": "1", "n": num}, headers=caller)
+            assert answer.status_code == 202
+            while client.get(f"/v1/jobs/{name}", headers=caller).json()["status"] != "completed":
+                time.sleep(0.01)
+
+        put("hers", ann, 1)
+        for i in range(6):
+            put(f"small-{i}", bob, 1)
+        kept = [job["id"] for job in client.get("/v1/jobs", headers=bob).json()["data"]]
+        assert kept == [f"small-{i}" for i in range(2, 6)]
+        put("large", bob, 32)  # and this alone is more than 3000 bytes
+        assert [job["id"] for job in client.get("/v1/jobs", headers=bob).json()["data"]] == ["large"]
+        assert len(client.get("/v1/jobs/large", headers=bob).json()["result"]["data"]) == 32
+        assert client.get("/v1/jobs/hers", headers=ann).status_code == 200
+
+
+def test_the_places_of_all_jobs_are_told_at_once(address: Address) -> None:
+    slow = {"prompt": "1", "n": 32, "solver": "heun", "num_inference_steps": 7}
+    jobs = [ask(address, "POST", "/v1/jobs", slow)[1]["id"] for _ in range(3)]
+    listed = {job["id"]: job for job in ask(address, "GET", "/v1/jobs")[1]["data"]}
+    places = [listed[job]["queue_position"] for job in jobs[1:]]
+    assert [listed[job]["status"] for job in jobs[1:]] == ["queued"] * 2
+    assert places[1] - places[0] == 32
+    for job in jobs:
+        ask(address, "DELETE", f"/v1/jobs/{job}")
+
+
 # --- aliases
 
 

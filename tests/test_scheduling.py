@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fewstep.runtime import Bundle, DeadlineInfeasible, Engine, EngineThread, Request, Sample, SampleFailed
+from fewstep.runtime import Bundle, DeadlineInfeasible, Engine, EngineThread, QueueFull, Request, Sample, SampleFailed
 from fewstep.runtime.backends import OnnxBackend
 from fewstep.runtime.pace import Pace, ticks_to_end, ticks_to_start
 from fewstep.runtime.request import SampleFuture, Ticket
@@ -87,6 +87,7 @@ def test_a_request_knows_its_place(baked: Bundle) -> None:
     for one in (first, second, high):
         scheduler.add(one)
     assert [scheduler.place(one.future) for one in (high, first, second)] == [0, 1, 2]
+    assert scheduler.places() == {high.future: 0, first.future: 1, second.future: 2}
     assert scheduler.lengths() == {0: 2, 1: 1}
     scheduler.take(1, 0.0)
     assert [scheduler.place(one.future) for one in (high, first, second)] == [None, 0, 1]
@@ -314,6 +315,36 @@ def test_what_runs_and_waits_is_reckoned_with(baked: Bundle, clock: SimpleNamesp
     assert future.result(0).num_steps == 3
     (first,) = engine.submit([replace(hurried(baked, clock, 0.3), priority=1)])
     assert engine.place(first) == 0
+
+
+def test_what_never_fits_is_not_told_to_try_again(baked: Bundle, clock: SimpleNamespace) -> None:
+    """With nobody there, and behind others: a wait would not help."""
+    engine = clocked(baked, clock, max_rows=1)
+    for waiting in (0, 5):
+        engine.submit([Request(0, baked.tableau("ddim", 4), 0)] * waiting)
+        with pytest.raises(
+            DeadlineInfeasible, match=r"^30 ms are not enough: 1 steps would take 41 ms; .* since no wait will help$"
+        ) as never:
+            engine.submit([hurried(baked, clock, 0.03)])
+        assert never.value.retry_after_s is None
+
+
+def test_the_retry_time_is_the_line_at_the_measured_pace_whoever_left(baked: Bundle, clock: SimpleNamespace) -> None:
+    """Four rows at 44 ms a tick, and 8 in line of 8 and 2 steps; that others gave up late is no matter."""
+    engine = clocked(baked, clock, max_rows=4, max_waiting=8)
+    long, short = (Request(0, baked.tableau("ddim", steps), 0) for steps in (8, 2))
+    for _ in range(20):
+        futures = engine.submit([long] * 4)
+        for _ in range(7):
+            engine.step()
+        for future in futures:
+            future.cancel()
+        engine.step()
+    engine.submit([long, short] * 4)
+    with pytest.raises(QueueFull) as caught:
+        engine.submit([short])
+    assert caught.value.retry_after_s == pytest.approx((4 * 8 + 4 * 2) / 4 * 0.044, rel=0.02)
+    assert engine.seconds_to_start(2) == pytest.approx(caught.value.retry_after_s / 4)
 
 
 def test_the_images_of_one_call_get_the_same_number_of_steps(baked: Bundle, clock: SimpleNamespace) -> None:
