@@ -14,10 +14,11 @@ import math
 import os
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -48,6 +49,20 @@ log = logging.getLogger("fewstep")
 
 LAST_TICK_S = 5.0  # for the tick that runs when time is up
 MAX_LOADED = 256  # tables that may be loaded over a bundle's own
+DURATIONS_S = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)  # upper bounds of `Counters.durations`
 _Key = tuple[str, int]  # a table's name and number of steps
 
 
@@ -67,6 +82,9 @@ class Counters:
     queue_s: float = 0.0  # of the finished samples: time in line
     run_s: float = 0.0  # and time from their first network call to their end
     last_s: float = 0.0  # when the last one was finished, on time.monotonic()
+    durations: list[int] = field(
+        default_factory=lambda: [0] * (len(DURATIONS_S) + 1)
+    )  # finished samples by queue + run
 
 
 class Engine:
@@ -108,6 +126,7 @@ class Engine:
         self.counters = Counters()
         self.pace = Pace()
         self.recent: deque[tuple[float, float, int]] = deque(maxlen=1024)  # ticks: start, end, rows
+        self.load_s = 0.0  # how long loading took; told by who did
         self.others_s = 0.0  # since its last tick: the turns of others; told by who calls step()
         self.on_submit: Callable[[], None] = lambda: None  # wakes whoever calls step()
         shape = bundle.manifest.sample_shape
@@ -566,6 +585,8 @@ class Engine:
             done.queue_s += sum(sample.queue_s for _, sample in made)
             done.run_s += sum(sample.run_s for _, sample in made)
             done.last_s = now_s if made else done.last_s
+            for _, sample in made:
+                done.durations[bisect_left(DURATIONS_S, sample.queue_s + sample.run_s)] += 1
         for ticket, sample in made:
             ticket.future.set_result(sample)
 

@@ -124,8 +124,10 @@ def gated(app: ASGIApp, service: Service) -> ASGIApp:
                 await app(scope, receive, answer)
             else:
                 with traces.request(visit.what, _headers(scope), visit.request_id) as tell:
-                    await app(scope, receive, answer)
-                    tell(status)
+                    try:
+                        await app(scope, receive, answer)
+                    finally:
+                        tell(str(status), status >= 500)
         except ApiError as error:
             await error.response(is_plain=scope["path"].startswith("/v2"))(scope, receive, answer)
         finally:

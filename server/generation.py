@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope
@@ -192,6 +192,13 @@ def follow(
             _cancel(futures)
 
     return listen()
+
+
+async def encoded(service: Service, num_images: int, work: Callable[..., T], *arguments: Any) -> T:
+    """What an encoder's thread makes of some of a stream's images."""
+    if service.traces:
+        work = service.traces.encoding(work, num_images)
+    return await service.encoders.run(work, *arguments)
 
 
 def evenly(wanted: int) -> Callable[[Preview], bool]:

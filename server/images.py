@@ -28,7 +28,7 @@ from ..runtime.call import deadline_after, refuse_too_many, request_of, some_see
 from ..runtime.pictures import ImageFormat, encode
 from .bodies import EventStream, read_body
 from .errors import ApiError, refusals
-from .generation import Door, engine_of, evenly, follow, image_limit, outcome, submit, unless_gone
+from .generation import Door, encoded, engine_of, evenly, follow, image_limit, outcome, submit, unless_gone
 from .jobs import Started
 from .service import Service
 
@@ -245,7 +245,7 @@ async def _events(
     async with aclosing(images):
         try:
             async for i, image in images:
-                body = await service.encoders.run(_event, engine, asked, i, image, shown[i])
+                body = await encoded(service, 1, _event, engine, asked, i, image, shown[i])
                 shown[i] += 1
                 yield body
         except ApiError as error:

@@ -26,7 +26,7 @@ from starlette.types import Scope
 from ..runtime import Engine, Preview, Request, Sample
 from .bodies import EventStream, packed, read_body
 from .errors import ApiError
-from .generation import Door, engine_of, follow, make, unless_gone
+from .generation import Door, encoded, engine_of, follow, make, unless_gone
 from .inference import (
     DEFAULT_OUTPUTS,
     INPUTS,
@@ -336,7 +336,7 @@ async def _events(
     async with aclosing(images):
         try:
             async for i, image in images:
-                yield await service.encoders.run(_event, engine, call_id, requests[i].seed, i, image)
+                yield await encoded(service, 1, _event, engine, call_id, requests[i].seed, i, image)
         except ApiError as error:
             yield b"data: " + json.dumps({"error": error.renamed(NAMES).message}).encode() + b"\n\n"
 

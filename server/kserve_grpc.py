@@ -24,7 +24,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from ..runtime import Preview, Sample
 from .errors import ApiError, crashed
 from .gate import caller_of_call, log_access, request_id
-from .generation import engine_of, follow, make
+from .generation import encoded, engine_of, follow, make
 from .inference import (
     DEFAULT_OUTPUTS,
     NAMES,
@@ -56,6 +56,7 @@ _CODES = {
     500: grpc.StatusCode.INTERNAL, 501: grpc.StatusCode.UNIMPLEMENTED, 503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }  # fmt: skip
+_FAULTS = {code for status, code in _CODES.items() if status >= 500}
 
 
 class GrpcServer:
@@ -134,30 +135,34 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
         async def answering(context: Any) -> AsyncGenerator[None]:
             """Around the work: what it raises becomes a status, and the log has a line when it is over."""
             status: Any = None
-            self.num_calls += 1
-            try:
-                REQUEST_ID.set(name)
-                context.set_trailing_metadata((("x-request-id", name),))
-                if refusal:
-                    raise refusal
-                with self._traces.request(details.method, metadata, name) if self._traces else nullcontext():
+            traces = None if refusal else self._traces
+            with traces.request(details.method, metadata, name) if traces else nullcontext() as tell:
+                self.num_calls += 1
+                try:
+                    REQUEST_ID.set(name)
+                    context.set_trailing_metadata((("x-request-id", name),))
+                    if refusal:
+                        raise refusal
                     yield
-            except ApiError as error:
-                status = _status_of(error)
-                await _abort(context, error)
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                status = grpc.StatusCode.INTERNAL
-                await _abort(context, _crash(details.method, error))
-            except BaseException:  # the client left, or the server stops
-                status = grpc.StatusCode.CANCELLED
-                raise
-            finally:
-                self.num_calls -= 1
-                if self._is_logging:
-                    status = status or context.code() or grpc.StatusCode.OK
-                    log_access(details.method, str(status), start_s, name, caller)
+                except ApiError as error:
+                    status = _status_of(error)
+                    await _abort(context, error)
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    status = grpc.StatusCode.INTERNAL
+                    await _abort(context, _crash(details.method, error))
+                except BaseException:  # the client left, or the server stops
+                    status = grpc.StatusCode.CANCELLED
+                    raise
+                finally:
+                    self.num_calls -= 1
+                    if tell or self._is_logging:
+                        status = status or context.code() or grpc.StatusCode.OK
+                    if tell:
+                        tell(status.name, status in _FAULTS)
+                    if self._is_logging:
+                        log_access(details.method, str(status), start_s, name, caller)
 
         async def unary(request: Any, context: Any) -> Any:
             async with answering(context):
@@ -329,7 +334,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         yield last
 
     async def _in_encoder(self, call: "_Call", images: list[Sample] | list[Preview], i: int = 0) -> Any:
-        return await self._service.encoders.run(call.response, images, i)
+        return await encoded(self._service, len(images), call.response, images, i)
 
 
 def _unserved(name: str) -> Callable[[_Servicer, Any, Any], Awaitable[NoReturn]]:

@@ -1,16 +1,19 @@
 """Prometheus metrics, read off the engines when they are asked for: serving pays nothing for them.
 
-Names are Triton's where Triton has one, so its dashboards work (hence no ``_total``, which a typed counter would
-get from the client library). Here ``nv_inference_exec_count`` counts network
-executions and ``nv_inference_count`` rows moved by one step: their ratio is the mean batch.
+Names are Triton's where Triton has one, so its panels work (hence no ``_total``, which a typed counter would get from
+the client library). Here ``nv_inference_exec_count`` counts network executions and ``nv_inference_count`` rows moved by
+one step: their ratio is the mean batch. The reason ``DEADLINE`` is ours, and so is the histogram of durations: Triton's
+is of decoupled models only.
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import GaugeMetricFamily, Metric, UnknownMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric, UnknownMetricFamily
 from prometheus_client.registry import Collector
 
+from ..runtime.engine import DURATIONS_S
 from .service import Service
 
 _LABELS = ["model", "version"]
@@ -38,6 +41,12 @@ class _Engines(Collector):
         pending = GaugeMetricFamily("nv_inference_pending_request_count", "Samples waiting", labels=_LABELS)
         request = UnknownMetricFamily("nv_inference_request_duration_us", "Of finished samples", labels=_LABELS)
         queue = UnknownMetricFamily("nv_inference_queue_duration_us", "Of it, time in line", labels=_LABELS)
+        duration = HistogramMetricFamily(
+            "fewstep_sample_duration_seconds", "Of finished samples: from submission to the last step", labels=_LABELS
+        )
+        load = GaugeMetricFamily(
+            "nv_model_load_duration_secs", "Of making the network ready and warming it up", labels=_LABELS
+        )
         running = GaugeMetricFamily("fewstep_running_rows", "Samples in slots", labels=_LABELS)
         places = GaugeMetricFamily("fewstep_max_rows", "Slots", labels=_LABELS)
         preempted = UnknownMetricFamily("fewstep_preemption_count", "Rows that made room for others", labels=_LABELS)
@@ -68,6 +77,10 @@ class _Engines(Collector):
             pending.add_metric(labels, engine.num_waiting)
             request.add_metric(labels, (done.queue_s + done.run_s) * 1e6)
             queue.add_metric(labels, done.queue_s * 1e6)
+            bounds = [*map(str, DURATIONS_S), "+Inf"]
+            buckets = list(zip(bounds, accumulate(done.durations), strict=True))
+            duration.add_metric(labels, buckets, done.queue_s + done.run_s)
+            load.add_metric(labels, engine.load_s)
             running.add_metric(labels, engine.num_running)
             preempted.add_metric(labels, done.preempted)
             places.add_metric(labels, engine.max_rows)
@@ -78,4 +91,4 @@ class _Engines(Collector):
             row.add_metric(labels, row_s)
             deviation.add_metric(labels, engine.pace.deviation_s)
         yield from (success, failure, count, executions, compute, request, queue, pending, running, places, line)
-        yield from (tick, row, deviation, preempted)
+        yield from (tick, row, deviation, preempted, duration, load)

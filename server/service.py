@@ -250,7 +250,7 @@ class Service:
         return self._engine(Bundle.load(source))
 
     def _engine(self, bundle: Bundle) -> Engine:
-        settings = self.settings
+        settings, start_s = self.settings, time.monotonic()
         if settings.max_steps is not None:
             bundle = bundle.within(settings.max_steps)
         _, height, width = bundle.manifest.sample_shape
@@ -266,6 +266,7 @@ class Service:
             weight=settings.student_weights.get(bundle.name, 1.0),
         )
         engine.warm_up()
+        engine.load_s = time.monotonic() - start_s
         return engine
 
     @property

@@ -51,19 +51,19 @@ class Traces:
         self._tracer = self._provider.get_tracer("fewstep")
 
     @contextmanager
-    def request(self, name: str, headers: Mapping[str, str], request_id: str) -> Iterator[Callable[[object], None]]:
-        """The span of a request; gives what to tell the status to."""
+    def request(self, name: str, headers: Mapping[str, str], request_id: str) -> Iterator[Callable[[str, bool], None]]:
+        """The span of a request; gives what to tell its status to, and whether that is the server's fault."""
         told = {"traceparent": headers.get("traceparent", ""), "tracestate": headers.get("tracestate", "")}
         parent = self._propagator.extract(told)
         attributes = {"fewstep.request_id": request_id}
         span = self._tracer.start_span(name, parent, self._api.SpanKind.SERVER, attributes)
 
-        def tell(status: object) -> None:
-            span.set_attribute("fewstep.status", str(status))
-            if str(status).startswith("5"):
+        def tell(status: str, is_fault: bool) -> None:
+            span.set_attribute("fewstep.status", status)
+            if is_fault:
                 span.set_status(self._api.StatusCode.ERROR)
 
-        with self._api.use_span(span, end_on_exit=True):
+        with self._api.use_span(span, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             yield tell
 
     def around(self, engine: Engine, answer: Callable[[list[Sample]], T]) -> Callable[[list[Sample]], T]:
@@ -80,6 +80,20 @@ class Traces:
 
         return work
 
+    def encoding(self, work: Callable[..., T], images: int) -> Callable[..., T]:
+        """An encoder's work on some of the images of a stream, with its span; called in the request's context."""
+        parent = self._api.get_current_span()
+        if not parent.is_recording():
+            return work
+
+        def traced(*arguments: Any) -> T:
+            start_s = time.monotonic()
+            made = work(*arguments)
+            self._below(parent)("encode", start_s, time.monotonic(), images=images)
+            return made
+
+        return traced
+
     def record(
         self, engine: Engine, samples: Sequence[Sample], parent: Any = None, encode: tuple[float, float] | None = None
     ) -> None:
@@ -87,15 +101,8 @@ class Traces:
         parent = parent or self._api.get_current_span()
         if not parent.is_recording():
             return
-        context = self._api.set_span_in_context(parent)
-        offset_s = time.time() - time.monotonic()
         ticks = list(engine.recent)
-
-        def span(name: str, start_s: float, end_s: float, **attributes: Any) -> None:
-            said = {f"fewstep.{key}": value for key, value in attributes.items()}
-            made = self._tracer.start_span(name, context, attributes=said, start_time=int((start_s + offset_s) * 1e9))
-            made.end(int((end_s + offset_s) * 1e9))
-
+        span = self._below(parent)
         for sample in samples:
             about = {"model": engine.bundle.name, "seed": str(sample.request.seed)}
             started_s = sample.ended_s - sample.run_s
@@ -105,6 +112,18 @@ class Traces:
                 span("step", start_s, end_s, step=i + 1, rows=rows, solver=sample.request.tableau.name, **about)
         if encode:
             span("encode", *encode, images=len(samples))
+
+    def _below(self, parent: Any) -> Callable[..., None]:
+        """What makes spans that are over, below another; times are those of ``time.monotonic``."""
+        context = self._api.set_span_in_context(parent)
+        offset_s = time.time() - time.monotonic()
+
+        def span(name: str, start_s: float, end_s: float, **attributes: Any) -> None:
+            said = {f"fewstep.{key}": value for key, value in attributes.items()}
+            made = self._tracer.start_span(name, context, attributes=said, start_time=int((start_s + offset_s) * 1e9))
+            made.end(int((end_s + offset_s) * 1e9))
+
+        return span
 
     def stop(self) -> None:
         """Send what is left."""

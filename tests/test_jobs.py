@@ -303,8 +303,37 @@ def test_a_request_is_a_trace_of_its_line_steps_and_encoding(make_bundle: Callab
         with client.stream("POST", IMAGES, json=body | {"stream": True, "partial_images": 2}) as answer:
             answer.read()
         names = Counter(span.name for span in exporter.get_finished_spans())
-        assert names["step"] == 6
-        assert names["queue"] == 2
+        assert names == {f"POST {IMAGES}": 1, "queue": 2, "step": 6, "encode": 6}  # of 2 images and 4 previews
+
+        exporter.clear()
+        assert client.post(IMAGES, json={"prompt": "shoe"}).status_code == 400
+        (refused,) = exporter.get_finished_spans()
+        assert ((refused.attributes or {})["fewstep.status"], refused.status.is_ok) == ("400", True)
+
+
+def test_a_grpc_calls_span_has_its_status(make_bundle: Callable[..., Path]) -> None:
+    exporter = InMemorySpanExporter()
+    service = Service(Settings(bundles=(str(make_bundle(nan_label=3)),), threads=1))
+    service.traces = Traces(exporter=exporter)
+
+    async def call() -> None:
+        server = GrpcServer(service, free_port())
+        service.start()
+        address = await server.start()
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for label in (10_000, 3):  # there is no such label; the network gives NaN on this one
+                request = service_pb2.ModelInferRequest(model_name="digits")
+                request.parameters["label"].int64_param = label
+                with pytest.raises(grpc.aio.AioRpcError, match=r"LABEL: |not finite"):
+                    await stub.ModelInfer(request)
+        await server.stop(5)
+        await asyncio.to_thread(service.stop)
+
+    asyncio.run(call())
+    told = [((span.attributes or {})["fewstep.status"], span.status.status_code.name)
+            for span in exporter.get_finished_spans() if span.name.startswith("/")]  # fmt: skip
+    assert told == [("INVALID_ARGUMENT", "UNSET"), ("INTERNAL", "ERROR")]
 
 
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
@@ -335,9 +364,10 @@ def test_a_grpc_call_is_a_trace_too(make_bundle: Callable[..., Path], method: st
     asyncio.run(call())
     spans = exporter.get_finished_spans()
     name = f"/inference.GRPCInferenceService/{method}"
-    encode = {"encode": 1} if method == "ModelInfer" else {}
-    assert Counter(span.name for span in spans) == {name: 1, "queue": 1, "step": 3, **encode}
+    assert Counter(span.name for span in spans) == {name: 1, "queue": 1, "step": 3, "encode": 1}
     assert {hexadecimal(span)[0] for span in spans} == {TRACE}
+    (root,) = [span for span in spans if span.name == name]
+    assert ((root.attributes or {})["fewstep.status"], root.status.is_ok) == ("OK", True)
 
 
 def test_without_the_extra_an_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,14 @@ def test_health_metrics_page_and_documentation_answer(address: Address) -> None:
     generate(address, prompt="1", n=4)
     assert metric(address, "nv_inference_request_success", model="digits") == before + 4
     assert metric(address, "nv_inference_count") >= metric(address, "nv_inference_exec_count") > 0
+    buckets = [
+        metric(address, "fewstep_sample_duration_seconds_bucket", model="digits", le=le) for le in ("0.005", "+Inf")
+    ]
+    assert buckets[0] <= buckets[1] == metric(address, "nv_inference_request_success", model="digits")
+    assert metric(address, "fewstep_sample_duration_seconds_count", model="digits") == buckets[1]
+    total_us = metric(address, "nv_inference_request_duration_us", model="digits")
+    assert metric(address, "fewstep_sample_duration_seconds_sum", model="digits") == pytest.approx(total_us / 1e6)
+    assert metric(address, "nv_model_load_duration_secs", model="digits") > 0
     assert "<title>fewstep</title>" in ask(address, "GET", "/")[1]
     schema = ask(address, "GET", "/openapi.json")[1]
     body = schema["paths"]["/v1/images/generations"]["post"]["requestBody"]
