@@ -507,7 +507,7 @@ def _first_error(log: Path) -> str:
     """The line of Triton's log that says why a student is not served, without its stamp; else the log's last one."""
     lines = log.read_text("utf-8", "replace").splitlines() or ["its log is empty"]
     for line in lines:
-        if line.startswith("E") and "failed to load" in line:
+        if line.startswith("E") and ("failed to load" in line or "Poll failed" in line):
             return line.partition("] ")[2].strip('"').partition("\\n")[0]  # what follows is where in the code
     return next((line for line in lines if "Exception" in line or line.startswith("error:")), lines[-1])
 

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -105,7 +105,11 @@ def repository(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPa
     for path in (make_bundle(), make_bundle(is_guided=True)):
         bundle = Bundle.load(path)
         for variant in VARIANTS:
-            write_model(bundle, folder, variant=variant, name=f"{bundle.name}-{variant}", max_rows=4, threads=1)
+            instances = 2 if bundle.name == "digits-guided" else 1
+            write_model(
+                bundle, folder, variant=variant, name=f"{bundle.name}-{variant}", max_rows=4, threads=1,
+                instances=instances,
+            )  # fmt: skip
     for variant in VARIANTS:
         bundle = Bundle.load(make_bundle())
         name = f"{bundle.name}-{variant}-stream"
@@ -171,17 +175,34 @@ def sha256(images: Sequence[Pixels]) -> list[str]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("student", "asked"), [("digits", ASKED), ("digits-guided", GUIDED)])
 def test_the_pixels_are_the_standalone_servers(
-    where: Where, student: str, asked: list[dict[str, Any]], variant: str
+    where: Where, repository: Path, student: str, asked: list[dict[str, Any]], variant: str
 ) -> None:
-    """Over HTTP and over gRPC, one after the other and all at once, in batches of any company."""
+    """Over HTTP and over gRPC, one after the other and all at once, in any company; one student has two instances."""
     model = f"{student}-{variant}"
     expected = sha256([over_http(where.standalone, student, one) for one in asked])
     assert len(set(expected)) == len(asked)
     assert sha256([over_http(where.http, model, one) for one in asked]) == expected
     assert sha256([over_grpc(where.grpc, model, one) for one in asked]) == expected
+    before = ticks(repository, model)
     with ThreadPoolExecutor(12) as pool:
-        together = list(pool.map(lambda one: over_grpc(where.grpc, model, one), asked * 6))
-    assert sha256(together) == expected * 6
+        grpc = [pool.submit(over_grpc, where.grpc, model, one) for one in asked * 3]
+        http = [pool.submit(over_http, where.http, model, one) for one in asked * 3]
+        assert sha256([one.result() for one in grpc]) == sha256([one.result() for one in http]) == expected * 3
+    after = ticks(repository, model)
+    assert len(after) == (2 if student == "digits-guided" else 1)
+    if variant == "loop":  # which waits for a batch, so that the other instance gets the next
+        assert all(after[process] > before[process] for process in after)
+
+
+def ticks(repository: Path, model: str) -> dict[str, int]:
+    """CPU time of the processes that run a model, in the system's ticks."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended
+            if f"{repository}/{model}/1/model.py" in (path / "cmdline").read_text():
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+                found[path.name] = int(fields[11]) + int(fields[12])
+    return found
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -214,13 +235,22 @@ def test_a_stream_gives_every_preview_and_then_the_image(where: Where, variant: 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generate_stream_gives_previews_and_the_image(where: Where, variant: str) -> None:
-    got = events(where.http, f"digits-{variant}-stream", {**ASKED[1], "preview_every": 3})
-    assert [(event["STEP"], event["IS_PREVIEW"]) for event in got] == [(3, True), (6, True), (8, False)]
-    expected = over_http(where.standalone, "digits", ASKED[1])
-    image = np.array(got[-1]["IMAGE"], np.uint8).reshape(expected.shape)
-    assert sha256([image]) == sha256([expected])
-    picture = np.array(Image.open(io.BytesIO(base64.b64decode(got[-1]["PNG_BASE64"]))))
-    assert np.array_equal(picture, expected[:, :, 0])
+    """Of several solvers, steps and seeds; one after the other, then all at once."""
+    expected = [over_http(where.standalone, "digits", one) for one in ASKED]
+
+    def stream(one: dict[str, Any]) -> tuple[list[int], Pixels, Pixels]:
+        *previews, image = events(where.http, f"digits-{variant}-stream", {**one, "preview_every": 1})
+        assert [event["IS_PREVIEW"] for event in (*previews, image)] == [True] * len(previews) + [False]
+        picture = np.array(Image.open(io.BytesIO(base64.b64decode(image["PNG_BASE64"]))))
+        steps = [event["STEP"] for event in (*previews, image)]
+        return steps, np.array(image["IMAGE"], np.uint8).reshape(expected[0].shape), picture[:, :, None]
+
+    with ThreadPoolExecutor(len(ASKED)) as pool:
+        for got in ([stream(one) for one in ASKED], list(pool.map(stream, ASKED * 2))):
+            times = len(got) // len(ASKED)
+            assert sha256([image for _, image, _ in got]) == sha256(expected) * times
+            assert sha256([picture for _, _, picture in got]) == sha256(expected) * times
+            assert [steps for steps, _, _ in got] == [list(range(1, one.get("STEPS", 4) + 1)) for one in ASKED] * times
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -785,25 +815,91 @@ def spoilt(make_bundle: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
-def refusal(environment: Environment, repository: Path, log: Path, **options: Any) -> str:
+def refusal(environment: Environment, repository: Path, log: Path) -> str:
     """What Triton says in its log when it does not start."""
-    with pytest.raises(TritonError) as refused, running(environment, repository, log, **options):
+    with pytest.raises(TritonError) as refused, running(environment, repository, log):
         pass
     return str(refused.value)
 
 
-def test_an_altered_bundle_is_refused_by_the_check_and_by_triton(
-    environment: Environment, spoilt: Path, tmp_path: Path
+def without(*parts: str) -> Callable[[Path], object]:
+    """Take a file or a folder out of a model's folder."""
+    return lambda model: shutil.rmtree(path) if (path := model.joinpath(*parts)).is_dir() else path.unlink()
+
+
+# What may be wrong with a model: how it becomes so, what reading it says, and what Triton's log says.
+SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "altered": (
+        lambda model: (model / "1" / "bundle" / "NOTICE").write_text("other\n"),
+        "altered/1/bundle: NOTICE was altered: sha256",
+        "altered: {folder}/altered/1/bundle: NOTICE was altered: sha256 ",
+    ),
+    "networkless": (
+        without("1", "bundle", "model.onnx"),
+        "networkless/1/bundle: model.onnx is missing",
+        "networkless: {folder}/networkless/1/bundle: model.onnx is missing",
+    ),
+    "runtimeless": (
+        without("1", "fewstep"),
+        "fewstep/deploy/triton_model.py is missing; export the model again with --replace",
+        "runtimeless: 1/fewstep is not whole (No module named 'fewstep'); export the model again with --replace",
+    ),
+    "versionless": (
+        without("1"),
+        "versionless: holds no version; there should be a folder 1",
+        "at least one version must be available under the version policy of model 'versionless'",
+    ),
+    "textless": (
+        lambda model: (model / "config.pbtxt").write_text("name: digits"),
+        r"config.pbtxt: 1:7",
+        "Poll failed for model directory 'textless': failed to read text proto from {folder}/textless/config.pbtxt",
+    ),
+    "renamed": (
+        lambda model: model.rename(model.parent / "other"),
+        "name is 'renamed', but must be the folder's, 'other'",
+        "Poll failed for model directory 'other': unexpected directory name 'other' for model 'renamed',",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_bad_model_is_refused_in_one_line_when_it_is_read(
+    make_bundle: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
-    notice = spoilt / "digits" / "1" / "bundle" / "NOTICE"
-    notice.write_text("other\n")
-    reason = "NOTICE was altered: sha256"
-    with pytest.raises(RepositoryError, match=reason):
-        read_repository(spoilt)
-    told = refusal(environment, spoilt, tmp_path / "log")
-    assert reason in told
-    assert "failed to load 'digits'" in told
-    assert "\n" not in told
+    spoil, message, _ = SPOILT[name]
+    spoil(write_model(Bundle.load(make_bundle()), tmp_path, name=name))
+    with pytest.raises(RepositoryError) as refused:
+        read_repository(tmp_path)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_repository_without_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RepositoryError, match="holds no model; write one: fewstep export BUNDLE --triton"):
+        read_repository(tmp_path)
+
+
+def test_triton_says_of_each_bad_model_in_one_line_what_is_wrong_and_serves_the_good_one(
+    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All of them in one repository, and one for a GPU, which this server has not."""
+    folder, bundle = tmp_path / "repository", Bundle.load(make_bundle())
+    expected = {name: line.format(folder=folder) for name, (_, _, line) in SPOILT.items()}
+    expected["gpu"] = "instance group gpu_0 of model gpu has kind KIND_GPU but no GPUs are available"
+    write_model(bundle, folder, name="gpu", device="cuda")
+    write_model(bundle, folder, name="good", threads=1)
+    for name, (spoil, _, _) in SPOILT.items():
+        spoil(write_model(bundle, folder, name=name))
+    on = ["--strict-readiness=false", "--exit-on-error=false"]
+    with running(environment, folder, tmp_path / "log", arguments=on) as (http, _):
+        assert over_http(http, "good", {"LABEL": 3}).shape == (8, 8, 1)
+        log = (tmp_path / "log").read_text()
+    told = [line.partition("] ")[2].strip('"') for line in log.splitlines() if line.startswith("E")]
+    told = [line.partition("\\n")[0] for line in told if "failed to load" in line or "Poll failed" in line]
+    told = [line for line in told if "failed to load all models" not in line]
+    assert len(told) == len(expected)
+    for name, line in expected.items():
+        assert len([one for one in told if line in one]) == 1, (name, told)
 
 
 def altered(environment: Environment, folder: Path, **packages: Path | None) -> Environment:
@@ -850,24 +946,6 @@ def test_a_python_without_what_students_need_is_refused_by_the_check_and_by_trit
     assert "lacks what the student needs (No module named 'onnxruntime'): pip install numpy onnxruntime" in told
     with pytest.raises(TritonError, match="no Triton server; make it with: fewstep triton setup"):
         Environment(tmp_path / "nothing").refuse_unready()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda model: (model / "config.pbtxt").write_text("name: digits"), r"config\.pbtxt: 1:7"),
-        (lambda model: model.rename(model.parent / "other"), "name is 'digits', but must be the folder's, 'other'"),
-        (lambda model: shutil.rmtree(model / "1"), "holds no version; there should be a folder 1"),
-        (lambda model: shutil.rmtree(model / "1" / "fewstep"), "fewstep/deploy/triton_model.py is missing; export"),
-        (lambda model: (model / "1" / "bundle" / "model.onnx").unlink(), "bundle: model.onnx is missing"),
-        (lambda model: shutil.rmtree(model), "holds no model; write one: fewstep export BUNDLE --triton"),
-    ],
-)
-def test_a_bad_repository_is_refused_in_one_line(spoilt: Path, spoil: Callable[[Path], object], message: str) -> None:
-    spoil(spoilt / "digits")
-    with pytest.raises(RepositoryError, match=message) as refused:
-        read_repository(spoilt)
-    assert "\n" not in str(refused.value)
 
 
 def test_the_commands_write_and_check_a_repository(
