@@ -1,6 +1,7 @@
 """Bodies: reading one that may be too large or compressed, and writing one that goes on for as long as it is read."""
 
 import asyncio
+import re
 import zlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -14,6 +15,7 @@ from .generation import ClientGone, unless_gone
 from .settings import Settings
 
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits: which wrapping
+_NOT_AT_ALL = re.compile(r";\s*q=0(\.0*)?\s*$")
 
 
 async def answer_nobody(_: HttpRequest, __: Exception) -> Response:
@@ -50,7 +52,8 @@ async def read_body(http: HttpRequest, settings: Settings) -> bytes:
 
 def packed(body: bytes, accepted: str) -> tuple[bytes, dict[str, str]]:
     """A body and its headers, packed when the client's ``Accept-Encoding`` says so and it makes the body smaller."""
-    wanted = {word.split(";")[0].strip().lower() for word in accepted.split(",")}
+    words = (word for word in accepted.lower().split(",") if not _NOT_AT_ALL.search(word))
+    wanted = {word.split(";")[0].strip() for word in words}
     name = next((name for name in _WINDOW if name in wanted), None)
     if name is None or len(body) < 1024:
         return body, {}

@@ -3,8 +3,8 @@
 A generation request that is there body and all, and whose answer is one piece, needs none of what ASGI is for: no task,
 no messages, no event for a client that leaves. It is read, admitted and put in line here, and its answer is one write.
 All else goes through the application: other routes, streams, packed or slow bodies, clients that do not read their
-answers, servers that trace or let other origins in. Both ways share a door's ``begin`` and the `Gate`, so they differ
-in nothing that a client sees.
+answers, pages in browsers, servers that trace. Both ways share a door's ``begin`` and the `Gate`, so they differ in
+nothing that a client sees.
 """
 
 import asyncio
@@ -198,7 +198,7 @@ class Connection(HttpToolsProtocol):
         headers = dict(cycle.scope["headers"])
         return (
             cycle.waiting_for_100_continue
-            or not headers.keys().isdisjoint((b"content-encoding", b"transfer-encoding", b"origin"))
+            or not headers.keys().isdisjoint((b"content-encoding", b"transfer-encoding", b"origin", b"sec-fetch-site"))
             or int(headers.get(b"content-length", b"0")) > min(_LARGE, self.service.settings.max_body_bytes)
         )
 

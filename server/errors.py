@@ -2,7 +2,8 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
-This is OpenAI's shape, which its clients turn into typed exceptions. A traceback never leaves the server.
+This is OpenAI's shape, which its clients turn into typed exceptions; below /v2 it is the Open Inference Protocol's,
+``{"error": "one line"}``. A traceback never leaves the server.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.routing import Match
 
 from ..runtime.call import CallError, in_words
 from .logs import REQUEST_ID
@@ -91,10 +93,10 @@ def crashed(request_id: str) -> ApiError:
     return ApiError(500, message, code="internal_error")
 
 
-async def answer_api_error(_: Request, error: Exception) -> JSONResponse:
+async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for `ApiError`."""
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(_is_plain(request))
 
 
 async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -104,10 +106,18 @@ async def answer_http_error(request: Request, error: Exception) -> JSONResponse:
         404: f"there is nothing at {request.url.path}",
         405: f"{request.method} is not allowed at {request.url.path}",
     }
-    is_plain = request.url.path.startswith("/v2")
-    return ApiError(status, messages.get(status, "the request failed")).response(is_plain)
+    response = ApiError(status, messages.get(status, "the request failed")).response(_is_plain(request))
+    if status == 405:
+        found = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+        response.headers["Allow"] = ", ".join(sorted({name for route in found for name in route.methods or ()}))
+    return response
 
 
 async def answer_crash(request: Request, _: Exception) -> JSONResponse:
     """Whatever was not foreseen; uvicorn logs the traceback."""
-    return crashed(REQUEST_ID.get()).response(is_plain=request.url.path.startswith("/v2"))
+    return crashed(REQUEST_ID.get()).response(_is_plain(request))
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether its errors are in the Open Inference Protocol's shape: that of all paths below /v2."""
+    return request.url.path.startswith("/v2")

@@ -6,13 +6,16 @@ the application, and an interceptor stands before the gRPC service; what is open
     open       the page, the documentation, health
     admin      loading and unloading of students and tables, and whatever is not listed
     any key    all the rest
+
+A server without keys is no toy of every page that a browser beside it has open: what changes or costs something is
+refused to pages of other origins, unless ``cors_origins`` lets them in.
 """
 
 import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import count
 
@@ -100,7 +103,7 @@ class Gate:
 
 def gated(app: ASGIApp, service: Service) -> ASGIApp:
     """The application behind the gate, and pages of other origins where they are let in."""
-    gate, traces = Gate(service), service.traces
+    gate, traces, origins = Gate(service), service.traces, service.settings.cors_origins
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,6 +121,7 @@ def gated(app: ASGIApp, service: Service) -> ASGIApp:
             await send(message)
 
         try:
+            _refuse_foreign(scope, origins)
             gate.admit(visit, scope)
             CALLER.set(visit.caller)
             if traces is None:
@@ -133,12 +137,33 @@ def gated(app: ASGIApp, service: Service) -> ASGIApp:
         finally:
             gate.leave(visit, status)
 
-    origins = list(service.settings.cors_origins)
     if not origins:
         return guarded
     return CORSMiddleware(
-        guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+        guarded, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
     )
+
+
+def _refuse_foreign(scope: Scope, welcome: Collection[str]) -> None:
+    """Look at which page a browser sends a request from: it says so itself, and no script can say otherwise.
+
+    ``Sec-Fetch-Site`` knows the address that the browser sees, whatever proxies stand between; it comes over HTTPS and
+    from this machine. ``Origin`` comes with every POST, PUT and DELETE. Who sends neither is no page.
+
+    Raises:
+        ApiError: the page is of another origin, and not let in.
+    """
+    if scope["method"] in _READING:
+        return
+    headers = _headers(scope)
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    is_foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
+    if site is not None:
+        is_foreign = site not in ("same-origin", "none")
+    if is_foreign and origin not in welcome and "*" not in welcome:
+        page = f"of {origin[:100]} " if origin else ""
+        message = f"Origin: pages {page}may not do this; a server lets them in by its setting cors_origins"
+        raise ApiError(403, message, param="Origin", code="foreign_origin")
 
 
 def _caller(keys: Keys, scope: Scope) -> Caller:

@@ -76,6 +76,26 @@ def from_bytes(name: str, num: int, dtype: str, raw: bytes) -> Array:
     return np.array([*elements, None], object)[:-1]
 
 
+def from_values(name: str, num: int, dtype: str, values: Sequence[Any]) -> Array:
+    """A tensor whose elements came one by one, as JSON and protobuf have them.
+
+    Raises:
+        ApiError: they are too many or too few, of another kind, or do not fit the type.
+    """
+    kind = np.dtype(dtype).kind
+    kinds: tuple[type, ...] = {"O": (str, bytes), "f": (int, float)}.get(kind, (int,))
+    if len(values) != num or not all(isinstance(value, kinds) and not isinstance(value, bool) for value in values):
+        told = {"O": "texts", "f": "numbers"}.get(kind, "whole numbers")
+        raise ApiError(400, f"{name}: {num} {told} expected", param=name)
+    try:
+        if kind != "O":
+            return np.array(values, dtype)
+        texts = [value.encode() if isinstance(value, str) else value for value in values]
+    except (OverflowError, UnicodeEncodeError):
+        raise ApiError(400, f"{name}: a value is out of the range of its datatype", param=name) from None
+    return np.array([*texts, None], object)[:-1]
+
+
 def to_bytes(array: Array) -> bytes:
     """The opposite of `from_bytes`."""
     if array.dtype.kind != "O":

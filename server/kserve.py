@@ -16,7 +16,6 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
@@ -35,6 +34,7 @@ from .inference import (
     UNSERVED,
     Array,
     from_bytes,
+    from_values,
     model_config,
     model_metadata,
     model_statistics,
@@ -105,7 +105,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def index(http: HttpRequest) -> Response:
         asked = _object(await read_body(http, service.settings))
         models = service.repository_index()
-        if asked.get("ready"):
+        if _flag(asked, "ready"):
             models = [model for model in models if model["state"] == "READY"]
         return JSONResponse(models)
 
@@ -162,7 +162,7 @@ def _infer(service: Service, engine: Engine, headers: Headers, body: bytes) -> t
     asked, blobs = _split(body, headers.get(HEADER_LENGTH))
     parameters = _parameters_of(asked)
     tensors = _tensors(asked, blobs, service.settings.max_images)
-    wanted = _wanted(asked, bool(parameters.get("binary_data_output", False)))
+    wanted = _wanted(asked, _flag(parameters, "binary_data_output"))
     requests, _ = requests_of(service, engine, tensors, parameters)
     return requests, partial(_inferred, engine, asked.get("id"), wanted, headers.get("accept-encoding", ""))
 
@@ -234,16 +234,14 @@ def _from_json(name: str, num: int, dtype: str, data: Any) -> Array:
     flat = data if isinstance(data, list) else [data]
     if len(flat) == num and all(isinstance(item, list) and len(item) == 1 for item in flat):
         flat = [item[0] for item in flat]  # [n, 1] as nested lists
-    kinds = (str,) if dtype == "O" else (int, float) if np.dtype(dtype).kind == "f" else (int,)
-    if len(flat) != num or not all(isinstance(item, kinds) and not isinstance(item, bool) for item in flat):
-        told = "texts" if dtype == "O" else "numbers"
-        raise ApiError(400, f"{name}: data: {num} {told} expected", param=name)
-    try:
-        return (
-            np.array([*(item.encode() for item in flat), None], object)[:-1] if dtype == "O" else np.array(flat, dtype)
-        )
-    except (OverflowError, UnicodeEncodeError):
-        raise ApiError(400, f"{name}: a value is out of the range of its datatype", param=name) from None
+    return from_values(name, num, dtype, flat)
+
+
+def _flag(asked: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    value = asked.get(name)
+    if not isinstance(value, bool | None):
+        raise ApiError(400, f"{name}: true or false is expected", param=name)
+    return default if value is None else value
 
 
 def _wanted(asked: _Json, is_binary: bool) -> dict[str, bool]:
@@ -256,7 +254,7 @@ def _wanted(asked: _Json, is_binary: bool) -> dict[str, bool]:
         refuse_unknown_output(name)
         if extra.get("classification") or "shared_memory_region" in extra:
             raise ApiError(501, f"{name}: neither classification nor shared memory is supported", param=name)
-        wanted[name] = bool(extra.get("binary_data", is_binary))
+        wanted[name] = _flag(extra, "binary_data", is_binary)
     return wanted or dict.fromkeys(DEFAULT_OUTPUTS, is_binary)
 
 

@@ -13,7 +13,6 @@ from contextlib import aclosing, asynccontextmanager, nullcontext
 from typing import Any, NoReturn
 
 import grpc
-import numpy as np
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -32,6 +31,7 @@ from .inference import (
     UNSERVED,
     Array,
     from_bytes,
+    from_values,
     model_config,
     model_metadata,
     model_statistics,
@@ -401,14 +401,7 @@ def _tensors(request: Any, limit: int) -> dict[str, Array]:
             tensors[given.name] = from_bytes(given.name, num, dtype, raw[i])
             continue
         values = [value for _, contents in given.contents.ListFields() for value in contents]
-        if len(values) != num or any(isinstance(value, bytes) != (dtype == "O") for value in values):
-            raise ApiError(400, f"{given.name}: {num} elements of {given.datatype} expected", param=given.name)
-        try:
-            elements = [*values, None] if dtype == "O" else values
-            tensors[given.name] = np.array(elements, dtype)[: len(values)]
-        except (OverflowError, ValueError):
-            message = f"{given.name}: a value is out of the range of its datatype"
-            raise ApiError(400, message, param=given.name) from None
+        tensors[given.name] = from_values(given.name, num, dtype, values)
     return tensors
 
 

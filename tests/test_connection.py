@@ -27,7 +27,7 @@ from fewstep.server.keys import hashed
 Address = tuple[str, int]
 Serving = Callable[..., AbstractContextManager[tuple["subprocess.Popen[str]", Address]]]
 IMAGES = "/v1/images/generations"
-LONG = {"Origin": "http://elsewhere"}  # a header with which a request goes through the application
+LONG = {"Origin": "http://fewstep"}  # a header with which a request goes through the application
 
 
 @pytest.fixture(scope="module")

@@ -402,6 +402,55 @@ def test_pages_of_listed_origins_may_call(
             assert (got, headers["access-control-allow-origin"]) == (status, "https://app.example")
 
 
+@pytest.fixture(scope="module")
+def open_address(serving: Serving, make_bundle: Callable[..., Path]) -> Iterator[Address]:
+    """A server without keys."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_CORS_ORIGINS", "https://app.example")
+        with serving(make_bundle(), "--no-grpc") as (_, address):
+            yield address
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_welcome"),
+    [
+        ({}, True),  # no page
+        ({"Origin": "http://HERE"}, True),
+        ({"Origin": "https://HERE"}, True),  # something before the server speaks TLS
+        ({"Origin": "https://app.example"}, True),
+        ({"Origin": "https://app.example", "Sec-Fetch-Site": "cross-site"}, True),
+        (
+            {"Origin": "https://public.example", "Sec-Fetch-Site": "same-origin"},
+            True,
+        ),  # a proxy has another Host
+        ({"Origin": "https://evil.example"}, False),
+        ({"Origin": "http://HERE.evil.example"}, False),
+        ({"Origin": "null"}, False),
+        ({"Origin": "http://HERE", "Sec-Fetch-Site": "same-site"}, False),
+        ({"Sec-Fetch-Site": "cross-site"}, False),
+    ],
+)
+def test_pages_of_others_change_nothing_on_a_server_without_keys(
+    open_address: Address, headers: dict[str, str], is_welcome: bool
+) -> None:
+    here = f"{open_address[0]}:{open_address[1]}"
+    sent = {name: value.replace("HERE", here) for name, value in headers.items()}
+    for method, path, body, status in (
+        ("POST", "/v2/repository/models/nobody/unload", None, 404),
+        ("POST", "/v2/models/digits/tables", b"none", 400),
+        ("DELETE", "/v2/models/digits/tables/ddim/4", None, 404),
+        ("PUT", "/v1/jobs/mine", {"steps": 1}, 400),
+        ("POST", IMAGES, {"prompt": "1"}, 200),
+        ("POST", "/v2/models/digits/infer", {}, 200),
+    ):
+        got, answer, _ = ask(open_address, method, path, body, sent)
+        assert got == (status if is_welcome else 403), answer
+        if not is_welcome:
+            message = answer["error"] if path.startswith("/v2") else answer["error"]["message"]
+            assert message.endswith("may not do this; a server lets them in by its setting cors_origins")
+    assert ask(open_address, "GET", "/v2/health/ready", None, sent)[0] == 200  # the browser keeps what it is from them
+
+
 # --- logs and ids
 
 

@@ -221,6 +221,19 @@ def test_bodies_are_packed_both_ways(where: Where, algorithm: str) -> None:
         assert np.array_equal(client.infer("digits", asked, **both).as_numpy("IMAGE"), plain.as_numpy("IMAGE"))
 
 
+@pytest.mark.parametrize(
+    ("accepted", "encoding"),
+    [("gzip", "gzip"), ("gzip;q=0", None), ("GZIP;q=0.5", "gzip"), ("gzip; q=0.000, deflate", "deflate"), ("br", None)],
+)
+def test_an_answer_is_packed_only_as_the_client_takes_it(where: Where, accepted: str, encoding: str | None) -> None:
+    connection = http.client.HTTPConnection(where[0], timeout=60)
+    connection.request("POST", "/v2/models/digits/infer", b'{"parameters": {"n": 16}}', {"Accept-Encoding": accepted})
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    assert (answer.status, answer.headers["Content-Encoding"]) == (200, encoding)
+
+
 def test_binary_and_json_mix_in_one_answer_and_one_question(where: Where) -> None:
     asked = inputs(triton_http, LABEL=[3, 4], PROMPT=["", ""], SEED=[5, 6])[::2]
     asked[1].set_data_from_numpy(np.array([[5], [6]], np.uint64), binary_data=False)
@@ -260,6 +273,8 @@ def test_plain_json_works_from_curl(where: Where, baked: Bundle) -> None:
         (b'{"inputs": [{"name": "PROMPT", "shape": [1], "datatype": "BYTES", "data": ["\\ud800"]}]}', {}, 400),
         (b'{"parameters": {"seed": -1}}', {}, 400),
         (b'{"outputs": [{"name": "LATENT"}]}', {}, 400),
+        (b'{"parameters": {"binary_data_output": "false"}}', {}, 400),
+        (b'{"outputs": [{"name": "SEED", "parameters": {"binary_data": 1}}]}', {}, 400),
         (b'{"inputs": [{"name": "SEED", "shape": [1], "datatype": "UINT64", "parameters": {"binary_data_size": 8}}]}',
          {}, 400),
         (b"{}", {"Inference_Header_Content_Length": "9"}, 400),
@@ -376,6 +391,37 @@ def test_grpc_statuses_are_those_of_the_error(where: Where) -> None:
             with pytest.raises(InferenceServerException) as caught:
                 client.infer(model, inputs(triton_grpc, **asked))
             assert caught.value.status() == status
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "field", "values", "message"),
+    [
+        ("SEED", "UINT64", "fp64_contents", [7.9], "SEED: 1 whole numbers expected"),
+        ("SEED", "UINT64", "fp64_contents", [7.0], "SEED: 1 whole numbers expected"),
+        ("SEED", "UINT64", "bool_contents", [True], "SEED: 1 whole numbers expected"),
+        ("SEED", "UINT64", "int64_contents", [-1], "SEED: a value is out of the range of its datatype"),
+        ("SEED", "UINT64", "uint64_contents", [1, 2], "SEED: 1 whole numbers expected"),
+        ("PROMPT", "BYTES", "int_contents", [3], "PROMPT: 1 texts expected"),
+        ("GUIDANCE", "FP32", "bytes_contents", [b"1"], "GUIDANCE: 1 numbers expected"),
+        ("SEED", "UINT64", "uint64_contents", [2**64 - 1], None),
+        ("GUIDANCE", "FP32", "int_contents", [1], None),
+        ("PROMPT", "BYTES", "bytes_contents", [b"digit 3"], None),
+    ],
+)
+def test_elements_that_came_one_by_one_are_of_their_kind(
+    where: Where, name: str, datatype: str, field: str, values: list[Any], message: str | None
+) -> None:
+    request = service_pb2.ModelInferRequest(model_name="digits")
+    given = request.inputs.add(name=name, datatype=datatype, shape=[1])
+    getattr(given.contents, field).extend(values)
+    with grpc.insecure_channel(where[1]) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        if message is None:
+            assert stub.ModelInfer(request).model_name == "digits"
+            return
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(request)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, message)
 
 
 def test_a_cancelled_call_leaves_no_work(where: Where) -> None:

@@ -45,7 +45,7 @@ def ask(address: Address, method: str, path: str, body: Any = None) -> tuple[int
     connection.close()
     headers = {name.lower(): value for name, value in answer.getheaders()}
     is_json = headers.get("content-type", "").startswith("application/json")
-    return answer.status, json.loads(content) if is_json else content.decode(), headers
+    return answer.status, json.loads(content) if is_json and content else content.decode(), headers
 
 
 def generate(address: Address, **body: Any) -> Any:
@@ -129,6 +129,28 @@ def test_the_stock_openai_client_works_unchanged(address: Address) -> None:
     with pytest.raises(openai.NotFoundError, match="model: 'dall-e-3' is not served"):
         client.images.generate(model="dall-e-3", prompt="digit 7")
     client.close()
+
+
+def test_what_can_be_read_has_a_head(address: Address) -> None:
+    for path in ("/", "/v2/health/live", "/v2/health/ready", "/metrics", "/v1/models", "/v2", "/v2/models/digits"):
+        status, content, headers = ask(address, "HEAD", path)
+        assert (status, content) == (200, ""), path
+        assert int(headers["content-length"]) > 0
+    assert ask(address, "HEAD", "/v1/models/nobody")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/images/generations", "POST"),
+        ("PATCH", "/v1/jobs/mine", "DELETE, GET, HEAD, PUT"),
+        ("POST", "/v2/health/live", "GET, HEAD"),
+        ("PUT", "/v2/models/digits/tables", "GET, HEAD, POST"),
+    ],
+)
+def test_a_method_that_is_not_allowed_learns_which_are(address: Address, method: str, path: str, allowed: str) -> None:
+    status, _, headers = ask(address, method, path)
+    assert (status, headers["allow"]) == (405, allowed)
 
 
 def test_models_say_what_a_request_may_ask_for(address: Address) -> None:
