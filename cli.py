@@ -935,6 +935,12 @@ def ray_serve(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of one network call.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray keeps for a replica.")] = 0,
     students: Annotated[int, typer.Option(min=1, help="Of the settings' repository, that a replica has at once.")] = 4,
+    cpus: Annotated[
+        float | None, typer.Option(help="CPUs that Ray keeps for a replica.", show_default="threads")
+    ] = None,
+    max_queued: Annotated[int, typer.Option(min=1, help="Requests in the proxy's line; more are refused.")] = 256,
+    up_s: Annotated[float, typer.Option(min=0, help="A load that lasts so long starts replicas.")] = 5,
+    down_s: Annotated[float, typer.Option(min=0, help="One that stays away so long ends them.")] = 60,
 ) -> None:
     """Serve students on Ray Serve: replicas of the server, on this machine or on the cluster that RAY_ADDRESS names."""
     from importlib.util import find_spec
@@ -946,7 +952,8 @@ def ray_serve(
     named = ",".join(bundles) if bundles else None
     run(
         Arguments(bundles=named, config=config, min_replicas=min_replicas, max_replicas=max_replicas, threads=threads,
-                  num_cpus=threads, num_gpus=gpus, students=students), host, port,
+                  num_cpus=threads if cpus is None else cpus, num_gpus=gpus, students=students, max_queued=max_queued,
+                  up_s=up_s, down_s=down_s), host, port,
     )  # fmt: skip
 
 

@@ -26,13 +26,14 @@ import ray
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..server import Settings
 from ..server.errors import ApiError
 from ..server.service import Service
 
 NAME = "fewstep"
+HEADER = "x-fewstep-replica"
 
 
 class Arguments(BaseModel):
@@ -70,13 +71,12 @@ def app(arguments: Arguments) -> serve.Application:
 
         set_up_logs(settings.log_format, settings.log_level, settings.access_log)
         service = _Replica(settings)
-        return gated(_multiplexed(create_app(service), service, arguments.students), service)
+        return _signed(gated(_multiplexed(create_app(service), service, arguments.students), service))
 
-    # A replica runs max_rows samples at once; with half as many in line its slots never wait for a request.
-    full = max(2, settings.max_rows * 3 // 2)
     decorate = serve.deployment(
         name=NAME,
-        max_ongoing_requests=2 * full,
+        # A replica runs max_rows samples at once; with twice as many in line its slots never wait for a request.
+        max_ongoing_requests=3 * settings.max_rows,
         max_queued_requests=arguments.max_queued,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         autoscaling_config=AutoscalingConfig(
@@ -93,6 +93,21 @@ def app(arguments: Arguments) -> serve.Application:
     deployment: Any = decorate(serve.ingress(replica)())
     application: serve.Application = deployment.bind()
     return application
+
+
+def _signed(app: ASGIApp) -> ASGIApp:
+    """The application, which says in a header of each answer which replica it is from, as Ray's logs name it."""
+    name = serve.get_replica_context().replica_id.unique_id.encode()
+
+    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+        async def signed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (HEADER.encode(), name)]}
+            await send(message)
+
+        await app(scope, receive, signed)
+
+    return asked
 
 
 class _Replica(Service):

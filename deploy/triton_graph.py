@@ -104,6 +104,7 @@ def write_graph_model(
             "instance_group": [group | cores(None if is_tensorrt else threads)],
             "version_policy": {"latest": {"num_versions": 1}},
             "dynamic_batching": queue_policy(),
+            "model_warmup": [_warm_up(model, rows) for rows in sorted({1, max_rows})],
             "parameters": {key: {"string_value": value} for key, value in said.items()},
         }
         text = text_format.MessageToString(ParseDict(config, ModelConfig()))
@@ -179,6 +180,15 @@ def graph_inputs(bundle: Bundle, tableau: Tableau, requests: list[Request]) -> d
     """What the graph is fed for requests, by the names of its inputs and without Triton's extra dimension."""
     given = request_inputs(bundle, tableau, requests)
     return {_INPUTS[name]: array for name, array in given.items() if name != "table"}
+
+
+def _warm_up(model: onnx.ModelProto, rows: int) -> dict[str, Any]:
+    """Zeros for all inputs, so that an instance is ready when its libraries have set themselves up."""
+    inputs = {}
+    for value in model.graph.input:
+        told = _config_of(value)
+        inputs[told["name"]] = {"data_type": told["data_type"], "dims": told["dims"], "zero_data": True}
+    return {"name": f"{rows} rows", "batch_size": rows, "inputs": inputs}
 
 
 def _config_of(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -473,6 +473,10 @@ def test_the_graph_gives_the_engines_pixels_from_the_inputs_that_its_configurati
         assert kinds[DataType.Name(one.data_type)] == node.type
         shape = list(one.reshape.shape) if one.HasField("reshape") else list(one.dims)
         assert ["batch", *shape] == list(node.shape)
+    asked = {one.name: (one.data_type, list(one.dims)) for one in config.input}
+    assert [warm_up.batch_size for warm_up in config.model_warmup] == [1, 16]
+    for warm_up in config.model_warmup:
+        assert {name: (one.data_type, list(one.dims)) for name, one in warm_up.inputs.items()} == asked
     (images,) = session.run(None, given)
     expected = np.stack([sample.to_uint8() for sample in Engine(bundle, threads=1).generate(requests)])
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
@@ -965,6 +969,7 @@ def test_the_commands_write_and_check_a_repository(
         assert isinstance(ended.value.code, int)
         return ended.value.code, told.out + told.err
 
+    assert fewstep("triton", "setup", server) == (0, f"{server}: a Triton server, ready\n")
     export = ("export", make_bundle(), "--triton", tmp_path / "repository", "--threads", "1")
     assert fewstep(*export)[0] == 0
     assert fewstep(*export) == (
@@ -975,6 +980,9 @@ def test_the_commands_write_and_check_a_repository(
     assert fewstep(*export, "--variant", "whole")[1] == (
         "fewstep: --variant: 'whole' is not one of inflight, iterative, loop, graph\n"
     )
+    assert fewstep(*export, "--device", "gpu")[1] == "fewstep: --device: 'gpu' is not one of cpu, cuda, tensorrt\n"
+    told = "fewstep: --precision: a graph is float32, and Triton chooses where it runs; leave it out\n"
+    assert fewstep(*export, "--variant", "graph", "--precision", "float16")[1] == told
     assert fewstep(*export, "--variant", "graph", "--steps", "8", "--max-rows", "2")[0] == 0
     whole = "digits-ancestral-8 (graph): is whole; it was held against the engine when it was written, and not asked"
     whole += ": no onnxruntime backend that check knows\n"
