@@ -133,7 +133,7 @@ def add_engines(
                 (folder / name).write_bytes(built.data)
                 made[name] = EngineFile.model_validate(
                     {"flavour": flavour, "version": built.version, "graph": kind, "precision": precision,
-                     "batch": batch, "targets": tuple(targets), "network_sha256": bundle.weights_sha256}
+                     "batch": batch, "targets": built.targets, "network_sha256": bundle.weights_sha256}
                 )  # fmt: skip
         fields["engines"] = {
             **fields.get("engines", {}),

@@ -3,7 +3,7 @@
 Engines are strongly typed: precision is what the graph says (see `precisions`). TensorRT for RTX builds without
 a GPU, for several architectures in one engine, up to compute capability 8.9 and 12; it has neither 9.0 nor 10.0.
 The full TensorRT builds for the GPU at hand. Building was tried with TensorRT for RTX 1.7; no engine was run on a
-GPU yet, and nothing here was tried with the full TensorRT.
+GPU yet, and the full TensorRT was a stand-in that writes down what it is asked for.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import onnx
 
+from ..runtime.gpu_backends import capability
 from .onnx_file import save_model
 from .step_graph import ExportError
 from .tensorrt_plugin import register_update, without_body
@@ -34,6 +35,7 @@ class BuiltEngine(NamedTuple):
     data: bytes
     version: str  # of TensorRT; an engine runs with this version only
     layers: int
+    targets: tuple[str, ...]  # architectures it runs on, such as sm89; none: where a portable one does
 
 
 def tensorrt_of(flavour: Flavour) -> ModuleType:
@@ -66,14 +68,20 @@ def build_engine(
         batch: smallest, usual and largest number of rows.
         targets: architectures such as ``sm89``; left out, RTX builds a portable engine and full TensorRT one for
             the GPU at hand.
-        timing_cache: a file in which measured kernel times are kept between builds; an RTX build has none.
+        timing_cache: a file in which the full TensorRT keeps measured kernel times between builds; made if it is not
+            there. RTX measures when it first runs, not when it builds.
         has_plugin: run the graph's `FewStepUpdate` nodes by our kernel in the engine; see `tensorrt_plugin`.
 
     Raises:
         ExportError: TensorRT is not installed, does not take the graph (the message names the node), cannot build for a
-            target, or is asked for a plugin and has none.
+            target, is asked for a plugin and has none, or for a timing cache that it does not take.
     """
+    if timing_cache is not None and flavour == "rtx":
+        raise ExportError("timing_cache: TensorRT for RTX measures nothing when it builds; leave it out")
+    if targets and flavour == "full":
+        raise ExportError(f"target {targets[0]}: the full TensorRT builds for the GPU at hand only; leave targets out")
     trt = tensorrt_of(flavour)
+    built_for = tuple(targets) if flavour == "rtx" else (_gpu_at_hand(),)
     low, usual, high = batch
     if not 1 <= low <= usual <= high:
         raise ExportError(f"batch {low},{usual},{high}: must rise from at least 1")
@@ -99,18 +107,43 @@ def build_engine(
             profile.set_shape(value.name, *(tuple(n if size < 0 else size for size in shape) for n in batch))
     config.add_optimization_profile(profile)
     _aim(trt, config, targets)
-    cache = None
-    if timing_cache is not None and flavour == "full":
+    if timing_cache is not None:
         kept = timing_cache.read_bytes() if timing_cache.is_file() else b""
         cache = config.create_timing_cache(kept)
-        config.set_timing_cache(cache, False)
+        if cache is None or not config.set_timing_cache(cache, False):
+            raise ExportError(
+                f"{timing_cache}: is no timing cache of TensorRT {trt.__version__} and this GPU; remove it"
+            )
     data = builder.build_serialized_network(network, config)
     del builder_logger
     if data is None:
         raise ExportError(f"TensorRT built no engine: {said[0] if said else 'it gave no reason'}")
-    if cache is not None and timing_cache is not None:
-        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
-    return BuiltEngine(bytes(data), str(trt.__version__), network.num_layers)
+    if timing_cache is not None:
+        _write(timing_cache, bytes(config.get_timing_cache().serialize()))
+    return BuiltEngine(bytes(data), str(trt.__version__), network.num_layers, built_for)
+
+
+def _gpu_at_hand() -> str:
+    """What the full TensorRT builds for, such as ``sm90``; without it a bundle could not say where an engine runs."""
+    try:
+        return f"sm{capability()}"
+    except ImportError:
+        told = "which CuPy names: pip install 'fewstep[gpu]'"
+    except Exception as error:  # CuPy's own, of the driver
+        told = f"and there is none: {error}"
+    raise ExportError(f"the full TensorRT builds for the GPU at hand, {told}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all: builds may share the file."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def _logger(trt: Any, said: list[str]) -> Any:
@@ -137,9 +170,7 @@ def _refusal(parser: Any) -> str:
 def _aim(trt: Any, config: Any, targets: Sequence[str]) -> None:
     if not targets:
         return
-    known = getattr(trt, "ComputeCapability", None)
-    if known is None or not hasattr(config, "set_compute_capability"):
-        raise ExportError(f"target {targets[0]}: the full TensorRT builds for the GPU at hand only; leave targets out")
+    known = trt.ComputeCapability
     names = [name for name in dir(known) if name.startswith("SM")]
     for target in targets:
         if target.upper() not in names:

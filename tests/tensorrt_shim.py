@@ -1,11 +1,13 @@
-"""The compiled half of the full TensorRT's Python package, as far as ``tensorrt.plugin`` asks for it.
+"""The compiled half of the full TensorRT's Python package, as far as ``tensorrt.plugin`` and a build ask for it.
 
 NVIDIA's bindings wheel holds the Python sources of ``tensorrt.plugin``, which run over this in the place of a library
 that is not to be had without NVIDIA's index. Expressions are evaluated at once: a shape is given, a number comes out.
+What is built is no engine: it is what the build was asked for, as JSON.
 """
 
 import enum
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 
@@ -80,7 +83,7 @@ class DynamicPluginTensorDesc:
 
 
 class Logger:
-    WARNING = 2
+    INTERNAL_ERROR, ERROR, WARNING = 0, 1, 2
 
     def log(self, severity: int, message: str) -> None:
         pass
@@ -98,6 +101,110 @@ class Registry:
         return self.creators.get((name, version, namespace))
 
 
+# --- a build
+
+
+class NetworkDefinitionCreationFlag(enum.IntEnum):
+    STRONGLY_TYPED = 1
+    PREFER_AOT_PYTHON_PLUGINS = 2
+    PREFER_JIT_PYTHON_PLUGINS = 3
+
+
+class Network:
+    def __init__(self, flags: int) -> None:
+        self.flags = {flag.name for flag in NetworkDefinitionCreationFlag if flags >> flag & 1}
+        self.inputs: list[Any] = []
+        self.plugins = self.num_layers = 0
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self.inputs)
+
+    def get_input(self, i: int) -> Any:
+        return self.inputs[i]
+
+
+class TimingCache:
+    """Counts the builds that used it."""
+
+    HEAD = b"cache of sm90 "
+
+    def __init__(self, data: bytes) -> None:
+        self.builds = int(data.removeprefix(self.HEAD) or b"0")
+
+    def serialize(self) -> bytes:
+        return self.HEAD + str(self.builds).encode()
+
+
+class Config:
+    """Without compute capabilities to set: the GPU at hand is built for."""
+
+    def __init__(self) -> None:
+        self.cache = TimingCache(b"")
+        self.profile: dict[str, Any] = {}
+
+    def create_timing_cache(self, data: bytes) -> TimingCache | None:
+        return TimingCache(data) if data[: len(TimingCache.HEAD)] in (b"", TimingCache.HEAD) else None
+
+    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
+        self.cache = cache
+        return not ignore_mismatch
+
+    def get_timing_cache(self) -> TimingCache:
+        return self.cache
+
+    def add_optimization_profile(self, profile: Any) -> None:
+        self.profile = profile.shapes
+
+
+class Profile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, Any] = {}
+
+    def set_shape(self, name: str, *shapes: tuple[int, ...]) -> None:
+        self.shapes[name] = shapes
+
+
+class Builder:
+    def __init__(self, logger: Any) -> None:
+        self.create_network, self.create_builder_config = Network, Config
+        self.create_optimization_profile = Profile
+
+    def build_serialized_network(self, network: Network, config: Config) -> bytes:
+        assert {value.name for value in network.inputs if -1 in value.shape} == set(config.profile)
+        config.cache.builds += 1
+        flags = sorted(network.flags)
+        return json.dumps({"flags": flags, "plugins": network.plugins, "profile": config.profile}).encode()
+
+
+class OnnxParser:
+    """Takes an operator of another domain apart, if it has a body; else looks for a plugin of its name."""
+
+    registry: Registry
+
+    def __init__(self, network: Network, logger: Any) -> None:
+        self.network = network
+
+    def parse_from_file(self, path: str) -> bool:
+        model = onnx.load(path)
+        bodies = {(function.domain, function.name) for function in model.functions}
+        for node in model.graph.node:
+            if node.domain and (node.domain, node.op_type) not in bodies:
+                self.node = node
+                if not self.registry.get_creator(node.op_type, "1", node.domain):
+                    return False
+                self.network.plugins += 1
+        self.network.num_layers = len(model.graph.node)
+        for value in model.graph.input:
+            shape = tuple(-1 if dim.dim_param else dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            self.network.inputs.append(SimpleNamespace(name=value.name, shape=shape))
+        return True
+
+    def get_error(self, i: int) -> Any:
+        told = {"node_name": self.node.name, "node_operator": self.node.op_type, "desc": "no plugin"}
+        return SimpleNamespace(**{name: lambda value=value: value for name, value in told.items()})
+
+
 @contextmanager
 def installed(bindings: Path) -> Iterator[ModuleType]:
     """``tensorrt`` with NVIDIA's own ``tensorrt.plugin``; ``bindings`` is the folder of the wheel."""
@@ -108,8 +215,10 @@ def installed(bindings: Path) -> Iterator[ModuleType]:
              "IPluginV3QuickRuntime", "IPluginCreatorV3Quick")  # fmt: skip
     contents: dict[str, Any] = {name: type(name, (), {}) for name in empty}
     for known in (DimensionOperation, IDimensionExpr, IExprBuilder, Dims, DimsExprs, PluginTensorDesc,
-                  DynamicPluginTensorDesc, Logger):  # fmt: skip
+                  DynamicPluginTensorDesc, Logger, Builder, NetworkDefinitionCreationFlag):  # fmt: skip
         contents[known.__name__] = known
+    contents["ILogger"] = Logger
+    contents["OnnxParser"] = type("OnnxParser", (OnnxParser,), {"registry": registry})
     fields = ("INT8", "INT16", "INT32", "INT64", "FLOAT16", "FLOAT32", "FLOAT64", "CHAR", "UNKNOWN")
     contents |= {
         "PluginFieldType": SimpleNamespace(**{name: name for name in fields}),

@@ -26,7 +26,7 @@ from fewstep.export.precisions import Precision, convert
 from fewstep.export.sampler_graph import sampler_graph
 from fewstep.export.step_graph import ExportError
 from fewstep.export.trajectory import relative, said, trajectory
-from fewstep.runtime import Bundle, BundleError, Engine, Request
+from fewstep.runtime import DEFAULT_BUNDLE, Bundle, BundleError, Engine, Request
 from fewstep.runtime.bundle import MANIFEST, EngineFile
 from fewstep.runtime.pictures import encode
 
@@ -196,13 +196,24 @@ def test_what_cannot_be_added_leaves_the_folder_as_it_was(bundle_copy: Path, mon
 
 
 @needs_tensorrt
-@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "int8"])
-def test_tensorrt_builds_a_step_engine_of_any_batch(baked: Bundle, precision: Precision) -> None:
-    calls = trajectory(baked, baked.tableau(), baked.network, 4)[0] if precision == "int8" else []
-    graph = convert(onnx.load(baked.network), precision, [given for given, _ in calls])
+def test_tensorrt_builds_bfloat16(baked: Bundle) -> None:
+    assert build_engine(convert(onnx.load(baked.network), "bfloat16"), targets=["sm89"]).layers > 50
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(("precision", "steps"), [("float32", 0), ("int8", 0), ("float16", 2)])
+def test_tensorrt_builds_the_embedded_student_for_any_batch(precision: Precision, steps: int) -> None:
+    """Its network, and its whole sampler; the network in float16 is built by the command, below."""
+    student = Bundle.load(DEFAULT_BUNDLE)
+    calls = trajectory(student, student.tableau(), student.network, 4)[0] if precision == "int8" else []
+    graph = convert(onnx.load(student.network), precision, [given for given, _ in calls])
+    if steps:
+        graph = sampler_graph(graph, steps, student.tableau().num_places)
     built = build_engine(graph, batch=(1, 8, 64), targets=["sm89"])
-    assert built.data
-    assert built.layers > 50
+    assert built.layers > 500 * max(1, steps)
+    weights = sum(int(np.prod(tensor.dims)) for tensor in graph.graph.initializer)
+    assert len(built.data) > weights * {"float32": 4, "int8": 1}.get(precision, 2)
+    assert built.targets == ("sm89",)
 
 
 @needs_tensorrt
@@ -234,24 +245,15 @@ def test_a_tensorrt_that_is_missing_is_named(baked: Bundle) -> None:
 
 
 @needs_tensorrt
-def test_engines_are_recorded_in_the_bundle_and_verified(
-    baked: Bundle,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By the command; the whole sampler among them. A torn engine, or one of other weights, is refused."""
+def test_engines_are_recorded_in_the_bundle_and_verified(tmp_path: Path) -> None:
+    """By the command. A torn engine, or one of other weights, is refused."""
     out = tmp_path / "with-engines"
-    flags = ["--tensorrt", "--sampler", "--precision", "float16", "--batch", "1,2,4", "--target", "sm86,sm120"]
-    monkeypatch.setattr("sys.argv", ["fewstep", "export", str(baked.path), "-o", str(out), *flags])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code in (None, 0)
-    assert "step-float16-rtx.engine" in capsys.readouterr().out
+    flags = ["--tensorrt", "--precision", "float16", "--batch", "1,2,4", "--target", "sm86,sm120"]
+    assert "step-float16-rtx.engine" in ran("export", DEFAULT_BUNDLE, "-o", out, *flags)
     bundle = Bundle.load(out)
-    assert set(bundle.manifest.engines) == {f"engines/{kind}-float16-rtx.engine" for kind in ("step", "sampler")}
-    for engine in bundle.manifest.engines.values():
-        assert (engine.batch, engine.targets) == ((1, 2, 4), ("sm86", "sm120"))
+    (engine,) = bundle.manifest.engines.values()
+    assert (engine.graph, engine.precision) == ("step", "float16")
+    assert (engine.batch, engine.targets) == ((1, 2, 4), ("sm86", "sm120"))
 
     engine_file = out / "engines" / "step-float16-rtx.engine"
     whole = engine_file.read_bytes()

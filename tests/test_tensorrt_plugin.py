@@ -4,9 +4,11 @@ NVIDIA's own ``tensorrt.plugin`` takes the registration and asks for the launch,
 of the package; the kernel then runs on the CPU, over the grid and with the sizes that came out.
 """
 
+import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,6 +24,7 @@ from test_onnx_graphs import one_update, session
 
 from fewstep.cli import main
 from fewstep.export.additions import add_engines
+from fewstep.export.engines import build_engine
 from fewstep.export.sampler_graph import sampler_graph
 from fewstep.export.step_graph import ExportError
 from fewstep.export.tensorrt_plugin import CAPABILITY, KERNEL, PLUGIN, SOURCE, register_update, without_body
@@ -140,6 +143,97 @@ def test_without_its_body_the_operator_is_left_to_a_plugin(baked: Bundle) -> Non
     assert not bare.functions
     assert [node.op_type for node in bare.graph.node].count(NAME) == 3
     assert {f"{node.domain}::{node.op_type}" for node in bare.graph.node if node.domain} == {PLUGIN}
+
+
+# --- a build by the full TensorRT
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The full TensorRT, as far as it goes, beside a GPU of compute capability 9.0."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy := ModuleType("cupy"))
+    cupy.cuda = SimpleNamespace(Device=lambda: SimpleNamespace(compute_capability="90"))  # type: ignore[attr-defined]
+    assert BINDINGS is not None
+    assert BINDINGS.submodule_search_locations is not None
+    with tensorrt_shim.installed(Path(BINDINGS.submodule_search_locations[0])) as trt:
+        yield trt
+
+
+@needs_bindings
+@needs_compiler
+def test_the_full_tensorrt_is_asked_for_a_plugin_and_one_gpu(baked: Bundle, full: ModuleType, tmp_path: Path) -> None:
+    """The step keeps to standard operators; the sampler has no bodies left, and prefers what is ahead of time."""
+    made = add_engines(
+        baked, tmp_path / "out", flavour="full", batch=(1, 2, 4), has_sampler=True, has_plugin=True
+    )[1]  # fmt: skip
+    step, sampler = (
+        json.loads((tmp_path / "out" / "engines" / f"{kind}-float16-full.engine").read_bytes())
+        for kind in ("step", "sampler")
+    )
+    assert (step["flags"], step["plugins"]) == (["STRONGLY_TYPED"], 0)
+    assert sampler["flags"] == ["PREFER_AOT_PYTHON_PLUGINS", "STRONGLY_TYPED"]
+    assert sampler["plugins"] == baked.tableau().num_steps + 1
+    assert step["profile"]["x"] == [[rows, 1, 8, 8] for rows in (1, 2, 4)]
+    assert set(sampler["profile"]) == {"noise", "label"}  # the table's shape is fixed
+    for entry in made.values():
+        assert (entry.version, entry.targets) == ("11.4", ("sm90",))
+        assert entry.refusal("11.4", "90") is None
+        assert entry.refusal("11.4", "89") == "it was built for sm90, this GPU is sm89"
+
+
+@needs_bindings
+def test_a_bare_operator_without_its_plugin_is_refused_by_its_name(baked: Bundle, full: ModuleType) -> None:
+    bare = without_body(sampler_graph(onnx.load(baked.network), 2, slots=1))
+    with pytest.raises(ExportError, match=r"^TensorRT does not take node step0\.update \(FewStepUpdate\): no plugin$"):
+        build_engine(bare, flavour="full")
+
+
+@needs_bindings
+def test_the_timing_cache_is_kept_between_builds(
+    baked: Bundle, full: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole: a write that fails leaves the old one. One that TensorRT does not take is refused, and left."""
+    step, cache = onnx.load(baked.network), tmp_path / "timing"
+    for builds in (1, 2):
+        build_engine(step, flavour="full", timing_cache=cache)
+        assert cache.read_bytes() == f"cache of sm90 {builds}".encode()
+
+    def fails(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fails)
+        with pytest.raises(OSError, match="no space left"):
+            build_engine(step, flavour="full", timing_cache=cache)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("timing", b"cache of sm90 2")]
+    cache.write_bytes(b"of another GPU")
+    with pytest.raises(ExportError, match=r"timing: is no timing cache of TensorRT 11\.4 and this GPU; remove it$"):
+        build_engine(step, flavour="full", timing_cache=cache)
+    assert cache.read_bytes() == b"of another GPU"
+
+
+@needs_bindings
+def test_the_full_tensorrt_builds_for_the_gpu_at_hand_only(
+    baked: Bundle, full: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = onnx.load(baked.network)
+    with pytest.raises(ExportError, match=r"^target sm89: the full TensorRT builds for the GPU at hand only; leave "):
+        build_engine(step, flavour="full", targets=["sm89"])
+
+    def no_driver() -> None:
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    sys.modules["cupy"].cuda.Device = no_driver
+    with pytest.raises(ExportError, match=r"for the GPU at hand, and there is none: cudaErrorInsufficientDriver$"):
+        build_engine(step, flavour="full")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ExportError, match=r"for the GPU at hand, which CuPy names: pip install 'fewstep\[gpu\]'$"):
+        build_engine(step, flavour="full")
+
+
+def test_tensorrt_for_rtx_takes_no_timing_cache(baked: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"^timing_cache: TensorRT for RTX measures nothing when it builds; leave it"):
+        add_engines(baked, tmp_path / "out", timing_cache=tmp_path / "timing")
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT for RTX is not installed")
