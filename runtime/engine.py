@@ -68,7 +68,10 @@ _Key = tuple[str, int]  # a table's name and number of steps
 
 @dataclass(slots=True)
 class Counters:
-    """What an engine has done since it was made."""
+    """What an engine has done; one that follows another may go on counting where that one still does.
+
+    Ticks belong to the thread that steps both. Of the samples' ends each is counted under the lock.
+    """
 
     ticks: int = 0  # network executions
     row_steps: int = 0  # rows moved by one table row; row_steps / ticks is the mean batch
@@ -85,6 +88,12 @@ class Counters:
     durations: list[int] = field(
         default_factory=lambda: [0] * (len(DURATIONS_S) + 1)
     )  # finished samples by queue + run
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, end: str, num: int = 1) -> None:
+        """Count samples that came to an end: ``cancelled``, ``expired``, ``failed`` or ``rejected``."""
+        with self.lock:
+            setattr(self, end, getattr(self, end) + num)
 
 
 class Engine:
@@ -159,7 +168,7 @@ class Engine:
         self._scheduler = Scheduler(ageing_s)
         self._is_closed = False
         self._why_closed = f"{bundle.name} is shutting down"
-        self._lock = threading.Lock()  # around the scheduler and the counters; no future is touched under it
+        self._lock = threading.Lock()  # around the scheduler; no future is touched under it
 
     # --- asking
 
@@ -205,7 +214,7 @@ class Engine:
                 except DeadlineInfeasible as error:
                     refusal = error
             if refusal:
-                self.counters.rejected += len(requests)
+                self.counters.add("rejected", len(requests))
             else:
                 for i, request in enumerate(requests):
                     show = partial(on_preview, i) if on_preview else None
@@ -575,12 +584,12 @@ class Engine:
             if not is_finite[i]:
                 self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
             elif not ticket.future.set_running_or_notify_cancel():
-                self._count("cancelled")
+                self.counters.add("cancelled")
             else:
                 queue_s, run_s = ticket.started_s - ticket.submitted_s, now_s - ticket.started_s
                 made.append((ticket, Sample(pixels[i], ticket.request, queue_s, run_s, now_s)))
         done = self.counters
-        with self._lock:
+        with done.lock:
             done.finished += len(made)
             done.queue_s += sum(sample.queue_s for _, sample in made)
             done.run_s += sum(sample.run_s for _, sample in made)
@@ -605,14 +614,10 @@ class Engine:
     def _fail(self, ticket: Ticket, error: Exception, end: str = "failed") -> None:
         """End a request without a sample; a cancelled one is told to those who wait for its future."""
         if ticket.future.set_running_or_notify_cancel():
-            self._count(end)
+            self.counters.add(end)
             ticket.future.set_exception(error)
         else:
-            self._count("cancelled")
-
-    def _count(self, end: str) -> None:
-        with self._lock:
-            setattr(self.counters, end, getattr(self.counters, end) + 1)
+            self.counters.add("cancelled")
 
     # --- packed rows and checks
 
@@ -788,6 +793,11 @@ class EngineThread:
         self._stopping = True
         self._wake.set()
         self._thread.join(None if timeout_s is None else timeout_s + LAST_TICK_S)
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Those that it runs, and of those that were closed the ones that still have work."""
+        return self._engines
 
     @property
     def is_alive(self) -> bool:

@@ -260,8 +260,12 @@ def submit(
     caller = CALLER.get()
     if caller is not ANYBODY:
         waiting, line = engine.num_waiting_of(caller.name), engine.max_waiting
-        caller.refuse_to_fill(waiting, len(requests), line, engine.seconds_to_start(waiting))
-        caller.spend(len(requests))
+        try:
+            caller.refuse_to_fill(waiting, len(requests), line, engine.seconds_to_start(waiting))
+            caller.spend(len(requests))
+        except ApiError:
+            engine.counters.add("rejected", len(requests))
+            raise
         requests = [replace(request, caller=caller.name, weight=caller.weight) for request in requests]
     is_accepted = False
     try:

@@ -3,9 +3,10 @@
 Names are Triton's where Triton has one, so its panels work (hence no ``_total``, which a typed counter would get from
 the client library). Here ``nv_inference_exec_count`` counts network executions and ``nv_inference_count`` rows moved by
 one step: their ratio is the mean batch. The reason ``DEADLINE`` is ours, and so is the histogram of durations: Triton's
-is of decoupled models only.
+is of decoupled models only. A student's counts outlive a reload, and go on with what the engine before it finishes.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -29,6 +30,7 @@ def registry_of(service: Service) -> CollectorRegistry:
 class _Engines(Collector):
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._priorities: set[int] = set()  # that were seen in a line: its end is told too
 
     def collect(self) -> Iterator[Metric]:
         success = UnknownMetricFamily("nv_inference_request_success", "Samples finished", labels=_LABELS)
@@ -62,9 +64,8 @@ class _Engines(Collector):
         if self._service.simulated:
             simulated.add_metric([self._service.simulated], 1)
             yield simulated
-        for name, engine in self._service.engines.items():
-            labels = [name, engine.bundle.manifest.version]
-            done = engine.counters
+        for (name, version), done in list(self._service.counters.items()):
+            labels = [name, version]
             success.add_metric(labels, done.finished)
             reasons = {
                 "REJECTED": done.rejected, "CANCELED": done.cancelled, "DEADLINE": done.expired, "BACKEND": done.failed
@@ -74,21 +75,29 @@ class _Engines(Collector):
             count.add_metric(labels, done.row_steps)
             executions.add_metric(labels, done.ticks)
             compute.add_metric(labels, done.busy_s * 1e6)
-            pending.add_metric(labels, engine.num_waiting)
+            working = [engine for engine in self._service.working if engine.counters is done]
+            pending.add_metric(labels, sum(engine.num_waiting for engine in working))
             request.add_metric(labels, (done.queue_s + done.run_s) * 1e6)
             queue.add_metric(labels, done.queue_s * 1e6)
             bounds = [*map(str, DURATIONS_S), "+Inf"]
             buckets = list(zip(bounds, accumulate(done.durations), strict=True))
             duration.add_metric(labels, buckets, done.queue_s + done.run_s)
-            load.add_metric(labels, engine.load_s)
-            running.add_metric(labels, engine.num_running)
+            running.add_metric(labels, sum(engine.num_running for engine in working))
             preempted.add_metric(labels, done.preempted)
-            places.add_metric(labels, engine.max_rows)
-            for priority, num in sorted(engine.waiting_by_priority.items()):
-                line.add_metric([*labels, str(priority)], num)
-            fixed_s, row_s = engine.pace.line()
+            waiting = Counter({0: 0})
+            for engine in working:
+                waiting.update(engine.waiting_by_priority)
+            self._priorities |= waiting.keys()
+            for priority in sorted(self._priorities):
+                line.add_metric([*labels, str(priority)], waiting[priority])
+            served = self._service.engines.get(name)
+            if served is None or served.counters is not done:
+                continue  # it is served no more: only what it did is told
+            load.add_metric(labels, served.load_s)
+            places.add_metric(labels, served.max_rows)
+            fixed_s, row_s = served.pace.line()
             tick.add_metric(labels, fixed_s)
             row.add_metric(labels, row_s)
-            deviation.add_metric(labels, engine.pace.deviation_s)
+            deviation.add_metric(labels, served.pace.deviation_s)
         yield from (success, failure, count, executions, compute, request, queue, pending, running, places, line)
         yield from (tick, row, deviation, preempted, duration, load)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..runtime import Bundle, BundleError, Engine, EngineThread, TableauError
 from ..runtime.bundle import MANIFEST
+from ..runtime.engine import Counters
 from ..runtime.gpu_backends import backend_on
 from ..runtime.simulated import Cost, simulated
 from .encoders import Encoders
@@ -50,6 +51,7 @@ class Service:
             self.traces = Traces(settings.otlp_endpoint, ratio=settings.trace_ratio)
         self.aliases: dict[str, dict[str, float]] = {}  # parts of the requests by student
         self.engines: dict[str, Engine] = {}
+        self.counters: dict[tuple[str, str], Counters] = {}  # by student and version: a reload goes on with them
         self._sources: dict[str, str] = {}  # where each student, served or unloaded, was loaded from
         self._loading = asyncio.Lock()
         # Held by whoever changes which engines there are, or an engine's tables: a table goes to an engine that is
@@ -59,8 +61,7 @@ class Service:
             bundle = Bundle.load(source)
             if bundle.name in self.engines:
                 raise SettingsError(f"bundles: two students are called {bundle.name}; give each bundle its own name")
-            self.engines[bundle.name] = self._engine(bundle)
-            self._sources[bundle.name] = source
+            self._serve(self._engine(bundle), source)
         for name in settings.student_weights:
             if name not in self._known():
                 raise SettingsError(f"student_weights.{name} is no student; there is: {', '.join(self._known())}")
@@ -178,11 +179,21 @@ class Service:
                 for tableau in old.loaded.values() if old else ():
                     with suppress(TableauError):  # it was fitted to the weights that go
                         engine.load_table(tableau)
+                self._serve(engine, source)
                 self._thread.add(engine)
-                self.engines[name], self._sources[name] = engine, source
             if old is not None:
                 old.close()
                 self._thread.wake()
+
+    def _serve(self, engine: Engine, source: str) -> None:
+        name, version = engine.bundle.name, engine.bundle.manifest.version
+        engine.counters = self.counters.setdefault((name, version), engine.counters)
+        self.engines[name], self._sources[name] = engine, source
+
+    @property
+    def working(self) -> tuple[Engine, ...]:
+        """The engines that are served, and those that are not any more and finish what they accepted."""
+        return self._thread.engines
 
     def unload(self, name: str) -> None:
         """Serve a student no more; requests under way are finished.

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +16,8 @@ from fastapi.testclient import TestClient
 from fewstep.runtime import Bundle, Engine, Tableau
 from fewstep.server import Service, Settings, SettingsError
 from fewstep.server.app import create_app
+from fewstep.server.gate import gated
+from fewstep.server.keys import hashed
 from fewstep.server.tables import TablesFolder
 
 IMAGES = "/v1/images/generations"
@@ -135,3 +138,59 @@ def test_a_table_is_not_taken_as_loaded_where_a_reload_came_between(
         folder.poll()
     folder.poll()
     assert names(engines["digits"]) == ["mine"]
+
+
+# --- metrics
+
+
+def told(client: TestClient) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
+def test_a_reload_loses_no_work_from_the_metrics(make_bundle: Callable[..., Path]) -> None:
+    of = 'model="digits",version="1"'
+    running = f"nv_inference_pending_request_count{{{of}}}", f"fewstep_running_rows{{{of}}}"
+    success, line = (
+        f"nv_inference_request_success{{{of}}}",
+        'fewstep_waiting_samples{model="digits",priority="%d",version="1"}',
+    )
+    settings = Settings(bundles=(str(make_bundle()),), threads=1, simulate="50+0", max_rows=2)
+    with TestClient(create_app(Service(settings))) as client:
+        assert told(client)[line % 0] == 0
+        asked = {"prompt": "1", "n": 12, "solver": "ddim", "num_inference_steps": 2, "priority": 3}
+        assert client.post("/v1/jobs", json=asked).status_code == 202
+        while told(client)[running[1]] == 0:
+            pass
+        client.post(LOAD).raise_for_status()
+        after = told(client)
+        assert 8 <= sum(after[part] for part in (*running, success)) <= 12  # they move on while they are read
+        assert after[line % 3] > 0
+        while told(client)[success] < 12:
+            time.sleep(0.05)
+        client.post("/v1/images/generations", json={"prompt": "1"}).raise_for_status()
+        after = told(client)
+        assert after[success] == 13
+        assert [after[part] for part in (*running, line % 3)] == [0, 0, 0]
+        client.post("/v2/repository/models/digits/unload").raise_for_status()
+        assert told(client)[success] == 13
+        assert f"fewstep_max_rows{{{of}}}" not in told(client)
+
+
+def test_what_a_key_may_not_have_is_counted_too(make_bundle: Callable[..., Path]) -> None:
+    refused = 'nv_inference_request_failure{model="digits",reason="REJECTED",version="1"}'
+    keys = {"few": {"sha256": hashed("few"), "images_per_s": 0.01, "burst": 40, "max_waiting": 4}}
+    said = {"bundles": (str(make_bundle()),), "threads": 1, "simulate": "200+0", "max_rows": 1, "api_keys": keys}
+    service = Service(Settings.load(None, said))
+    with TestClient(gated(create_app(service), service), headers={"X-API-Key": "few"}) as client:
+        answers = [client.post("/v1/jobs", json={"prompt": "1", "n": n}) for n in (8, 2, 33)]
+        codes = [answer.json().get("error", {}).get("code") for answer in answers]
+        assert codes == [None, "queue_full", "queue_full"]
+        assert told(client)[refused] == 2 + 33
+        for job in client.get("/v1/jobs").json()["data"]:
+            client.delete(f"/v1/jobs/{job['id']}")
+        while told(client)['fewstep_waiting_samples{model="digits",priority="0",version="1"}']:
+            time.sleep(0.05)
+        answer = client.post("/v1/jobs", json={"prompt": "1", "n": 33})
+        assert answer.json()["error"]["code"] == "rate_limited"
+        assert told(client)[refused] == 2 + 33 + 33
