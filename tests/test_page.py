@@ -1,7 +1,10 @@
 """The page at ``/`` in a real browser: generate, switch student, and read an error."""
 
 import http.client
+import json
+import shlex
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -71,6 +74,12 @@ def test_generate_shows_the_images_and_where_the_time_went(
             }"""
         )
         page.screenshot(path=tmp_path / "page.png")
+        if shutil.which("curl"):  # the line gives what the page shows
+            command = shlex.split(page.locator("#curl").inner_text())
+            done = subprocess.run([*command, "--silent"], capture_output=True, check=True, timeout=60)
+            sources = page.locator("#images img").evaluate_all("images => images.map(image => image.src)")
+            told = [image["b64_json"] for image in json.loads(done.stdout)["data"]]
+            assert [source.partition(",")[2] for source in sources] == told
     bundle = Bundle.load(make_bundle())
     (sample,) = Engine(bundle, threads=1).generate([Request(11, bundle.tableau("ddim", 8), 3)])
     assert shown == sample.to_uint8().ravel().tolist()

@@ -43,7 +43,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from fewstep.runtime import Bundle, Engine, Request, Sample, Tableau
 from fewstep.runtime.pictures import encode
+from fewstep.runtime.schedules import karras
 from fewstep.runtime.simulated import simulated
+from fewstep.runtime.solvers import ddim
 
 Address = tuple[str, int]
 Serving = Callable[..., AbstractContextManager[tuple[Any, Address]]]
@@ -139,8 +141,8 @@ STEPS = 8
 class Door:
     """One way to ask for an image: gives its PNG, or None when it was cut."""
 
-    def __init__(self, address: Address, channel: grpc.aio.Channel) -> None:
-        self.address = address
+    def __init__(self, address: Address, channel: grpc.aio.Channel, steps: int = STEPS) -> None:
+        self.address, self.steps = address, steps
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
     async def images(self, seed: int, cut_s: float | None) -> bytes | None:
@@ -218,10 +220,10 @@ class Door:
             return None
 
     def asked(self, seed: int) -> dict[str, Any]:
-        return {"prompt": "3", "seed": seed, "solver": "ddim", "num_inference_steps": STEPS}
+        return {"prompt": "3", "seed": seed, "solver": "ddim", "num_inference_steps": self.steps}
 
     def parameters(self, seed: int) -> dict[str, Any]:
-        return {"label": 3, "seed": seed, "solver": "ddim", "steps": STEPS}
+        return {"label": 3, "seed": seed, "solver": "ddim", "steps": self.steps}
 
     def message(self, seed: int, **more: int) -> Any:
         request = service_pb2.ModelInferRequest(model_name="digits")
@@ -295,6 +297,44 @@ def test_abort_half_of_a_thousand_requests(
         f"abort half, {door.__name__}", requests=num, cut=cut, wrong=wrong, cancelled_by_the_engine=after["CANCELED"],
         idle_after_s=round(idle_s, 3),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_a_cancelled_request_takes_no_more_than_the_step_under_way(leisurely: tuple[Address, str], door: Any) -> None:
+    """Of 16 steps of 100 ms: what is done after the cut is the step it fell into, and one more if it fell into its end.
+
+    On a machine so busy that the cut came before the first step or after the last, it is made again.
+    """
+    address, where = leisurely
+
+    async def cut() -> bytes | None:
+        async with grpc.aio.insecure_channel(where) as channel:
+            return await door(Door(address, channel, steps=16), 1, 0.45)  # type: ignore[no-any-return]
+
+    for _ in range(10):
+        before = wait_until_idle(address)
+        answer = asyncio.run(cut())
+        at_once = metrics(address)
+        after = wait_until_idle(address)
+        done, more = (
+            seen["nv_inference_count"] - since["nv_inference_count"]
+            for seen, since in ((at_once, before), (after, at_once))
+        )
+        assert more <= 2
+        if answer is None and 1 <= done < 12:
+            assert after["CANCELED"] == before["CANCELED"] + 1
+            return
+    raise AssertionError("the cut never fell into the work")
+
+
+@pytest.fixture(scope="module")
+def leisurely(serving: Serving, make_bundle: Callable[..., Path]) -> Iterator[tuple[Address, str]]:
+    """A server whose steps take 100 ms each, with a table of 16 steps."""
+    port = free_port()
+    flags = ("--simulate", "100+0", "--max-rows", "1", "--grpc-port", str(port))
+    with serving(make_bundle(), *flags) as (_, address):
+        assert ask(address, "POST", "/v2/models/digits/tables", ddim(karras(16)).to_bytes())[0] == 200
+        yield address, f"127.0.0.1:{port}"
 
 
 # --- tables and students change under load
@@ -707,6 +747,11 @@ def fuzzed(serving: Serving, make_bundle: Callable[..., Path]) -> Iterator[tuple
         process.terminate()
         _, written = process.communicate(timeout=60)
         assert "Traceback" not in written, written[-3000:]
+    if tried_of:
+        note("hypothesis", **tried_of)
+
+
+tried_of: Counter[str] = Counter()  # examples that were answered as they should be, by what was fuzzed
 
 
 def test_schemathesis_finds_no_server_error(fuzzed: tuple[Address, str]) -> None:
@@ -779,6 +824,7 @@ def test_binary_bodies_are_answered_or_refused(
         assert isinstance(error, str)
         assert "\n" not in error
         assert "Traceback" not in error
+    tried_of["binary bodies"] += 1
 
 
 @FUZZ
@@ -794,6 +840,7 @@ def test_any_bytes_are_answered_or_refused(fuzzed: tuple[Address, str], body: by
     connection.close()
     assert answer.status < 500, content
     assert b"Traceback" not in content
+    tried_of["any bytes"] += 1
 
 
 GRPC_ANSWERS = {
@@ -837,6 +884,63 @@ def test_grpc_messages_are_answered_or_refused(fuzzed: tuple[Address, str], mess
     assert code in GRPC_ANSWERS, details
     assert "Traceback" not in details
     assert "\n" not in details
+    tried_of["ModelInfer"] += 1
+
+
+@FUZZ
+@given(
+    st.lists(st.one_of(messages().map(lambda message: message.SerializeToString()), st.binary(max_size=99)), max_size=3)
+)
+def test_grpc_streams_answer_every_message_or_refuse_it(fuzzed: tuple[Address, str], sent: list[bytes]) -> None:
+    """The stream itself ends well, whatever was in it: errors are responses."""
+    call = channel_to(fuzzed[1]).stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+    errors, finals = 0, 0
+    for raw in call(iter(sent), timeout=60):
+        response = service_pb2.ModelStreamInferResponse.FromString(raw)
+        assert "Traceback" not in response.error_message
+        assert "\n" not in response.error_message
+        assert "its log says why" not in response.error_message  # what is told of errors that nobody foresaw
+        errors += bool(response.error_message)
+        finals += response.infer_response.parameters["triton_final_response"].bool_param and not response.error_message
+    assert errors + finals == len(sent)
+    tried_of["ModelStreamInfer"] += 1
+
+
+REPOSITORY_CALLS: dict[str, Any] = {
+    "RepositoryIndex": service_pb2.RepositoryIndexRequest,
+    "RepositoryModelLoad": service_pb2.RepositoryModelLoadRequest,
+    "RepositoryModelUnload": service_pb2.RepositoryModelUnloadRequest,
+    "ModelStatistics": service_pb2.ModelStatisticsRequest,
+    "ModelConfig": service_pb2.ModelConfigRequest,
+    "ModelMetadata": service_pb2.ModelMetadataRequest,
+}
+
+
+@FUZZ
+@given(
+    method=st.sampled_from(sorted(REPOSITORY_CALLS)), name=st.text(max_size=8).filter(lambda name: name != "digits"),
+    config=st.none() | st.text(max_size=20) | values.map(lambda value: json.dumps({"bundle": value}))
+    | values.map(lambda value: json.dumps({"alias": value})),
+    is_garbled=st.booleans(), noise=st.binary(max_size=40),
+)  # fmt: skip
+def test_repository_calls_are_answered_or_refused(
+    fuzzed: tuple[Address, str], method: str, name: str, config: str | None, is_garbled: bool, noise: bytes
+) -> None:
+    kind = REPOSITORY_CALLS[method]
+    fields = kind.DESCRIPTOR.fields_by_name
+    request = kind(**{field: name for field in ("model_name", "name") if field in fields})
+    if config is not None and "parameters" in fields:
+        request.parameters["config"].string_param = config
+    code, details = grpc.StatusCode.OK, ""
+    try:
+        raw = noise if is_garbled else request.SerializeToString()
+        channel_to(fuzzed[1]).unary_unary(f"/inference.GRPCInferenceService/{method}")(raw, timeout=60)
+    except grpc.RpcError as error:
+        code, details = error.code(), error.details()
+    assert code in {*GRPC_ANSWERS, grpc.StatusCode.PERMISSION_DENIED}, details
+    assert "Traceback" not in details
+    assert "\n" not in details
+    tried_of["repository and metadata calls"] += 1
 
 
 @pytest.fixture(scope="module", autouse=True)
