@@ -14,6 +14,7 @@ jobs are kept for ``job_ttl_s``; each belongs to the caller who made it, who has
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import secrets
 import time
@@ -28,6 +29,8 @@ from ..runtime import Engine, Sample
 from .errors import ApiError
 from .keys import CALLER
 from .settings import Settings
+
+log = logging.getLogger("fewstep")
 
 _NAME = re.compile(r"[A-Za-z0-9._~-]{1,64}")
 
@@ -194,8 +197,9 @@ class Jobs:
     def _end(self, job: Job) -> None:
         """A job is over; older results of its caller go where all are too large together."""
         job.ended_s, job.first = time.time(), None
-        if not job.answer.cancelled():
-            job.answer.exception()  # it is told to whoever asks; nobody else waits for it
+        error = None if job.answer.cancelled() else job.answer.exception()  # it is told to whoever asks
+        if error is not None and not isinstance(error, ApiError):
+            log.error("job %s: an error that was not foreseen", job.id, exc_info=error)
         jobs = self._jobs[job.caller]
         sizes = {name: one.num_bytes for name, one in jobs.items() if one is not job}
         excess = sum(sizes.values()) + job.num_bytes - self._max_bytes

@@ -5,6 +5,7 @@ import io
 import logging
 import re
 import socket
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 from conftest import free_port
+from fastapi.testclient import TestClient
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from fewstep.server import Service, Settings, create_app, images, kserve, kserve_grpc
@@ -107,6 +109,27 @@ def test_a_client_reads_one_neutral_line_and_the_log_has_the_traceback(
     assert len(told) == 6
     assert sum(line == f"    RuntimeError: {SECRET}" for line in lines) == 7
     assert all(re.match("ERROR |    ", line) for line in lines if line)  # nothing that was raised looks like a record
+
+
+def test_a_job_that_crashed_says_no_more_than_that(
+    make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, written: io.StringIO
+) -> None:
+    def broken(*_: Any) -> NoReturn:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(images, "_answer", broken)
+    service = Service(Settings(bundles=(str(make_bundle()),), threads=1))
+    with TestClient(gated(create_app(service), service)) as client:
+        job = client.put("/v1/jobs/mine", json={"prompt": "1"}, headers={"x-request-id": "a-job"}).json()
+        start_s = time.monotonic()
+        while job["status"] in ("queued", "running"):
+            assert time.monotonic() - start_s < 60
+            time.sleep(0.01)
+            job = client.get(job["poll_url"]).json()
+    assert (job["status"], job["error"]["message"]) == ("failed", "the job failed; the log says why")
+    lines = written.getvalue().splitlines()
+    assert lines[0] == "ERROR fewstep: job mine: an error that was not foreseen request_id=a-job"
+    assert lines[-1] == f"    RuntimeError: {SECRET}"
 
 
 def test_what_the_protocol_has_and_we_have_not_is_said_so(

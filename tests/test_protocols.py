@@ -379,7 +379,7 @@ def test_a_call_that_cannot_be_in_time_is_not_tried_again_by_grpc(where: Where) 
             stub.ModelInfer(request)
     told = dict(caught.value.trailing_metadata())
     assert told["grpc-retry-pushback-ms"] == "-1"
-    assert int(told["retry-after-ms"]) > 0
+    assert "retry-after-ms" not in told  # it would not be in time in an empty line either
 
 
 def test_grpc_statuses_are_those_of_the_error(where: Where) -> None:
