@@ -165,7 +165,7 @@ def cubin(capability: str, network: Network = "float32", noise: Noise = "exact")
     Raises:
         CudaError: there is no compiler, or it refuses.
     """
-    options = [f"-DFEWSTEP_NETWORK={NETWORKS.index(network)}", f"-DFEWSTEP_FAST_NOISE={int(noise == 'fast')}"]
+    options = defines(network, noise)
     key = hashlib.sha256(" ".join([capability, _compiler(), *options]).encode())
     for source in ("cuda.cu", "fewstep_step.h"):
         key.update((_FOLDER / source).read_bytes())
@@ -183,6 +183,11 @@ def cubin(capability: str, network: Network = "float32", noise: Noise = "exact")
         except OSError as error:  # a folder that cannot be written: try the next, at last keep nothing
             log.info("%s is not kept: %s", name, error)
     return made
+
+
+def defines(network: Network, noise: Noise) -> list[str]:
+    """The compiler's options that choose a build of ``cuda.cu``."""
+    return [f"-DFEWSTEP_NETWORK={NETWORKS.index(network)}", f"-DFEWSTEP_FAST_NOISE={int(noise == 'fast')}"]
 
 
 def compile_cubin(capability: str, options: list[str], source: str = "cuda.cu") -> tuple[bytes, str]:

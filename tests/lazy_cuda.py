@@ -73,8 +73,7 @@ GRID = [ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_long]
 
 def emulate(folder: Path, network: cuda.Network, fast: bool = False) -> Any:
     """``launch(name, blocks, rows, threads, *arguments of the kernel)`` of one build of the CUDA source, on the CPU."""
-    defines = [f"-DFEWSTEP_NETWORK={cuda.NETWORKS.index(network)}", f"-DFEWSTEP_FAST_NOISE={int(fast)}"]
-    launch = _built(folder, f"{network}-{fast}", STEP, defines)
+    launch = _built(folder, f"{network}-{fast}", STEP, cuda.defines(network, "fast" if fast else "exact"))
     launch.argtypes = [*GRID, POINTER, NUMBER, POINTER, NUMBER, ctypes.c_int, *[POINTER] * 7]
     return launch
 

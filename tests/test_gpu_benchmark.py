@@ -3,7 +3,6 @@
 Times on the stand-in mean nothing; that the figures are there, and that parity and errors come out right, does.
 """
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from scripts import load_script
 
 from fewstep.kernels import step_reference
 
@@ -26,17 +26,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
 
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_gpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_gpu"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-BENCHMARK = load()
+BENCHMARK: Any = load_script("gpu")
 SIZES = BENCHMARK.Sizes(rows=3, elements=65, launches=2, batches=12, networks=(1, 2), pixels=8, channels=8, steps=3)
 
 

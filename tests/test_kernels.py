@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fewstep.kernels import StepRow, fused_step, normals, pack_rows, row_dtype, step_reference
+from fewstep.kernels import StepRow, fused_step, native_step, normals, pack_rows, row_dtype, step_reference
 from fewstep.kernels.fused_step import Scratch
 from fewstep.kernels.noise import philox
 
@@ -124,6 +124,29 @@ def test_the_fused_step_is_the_reference_to_the_bit(
     case = Case(np.random.default_rng(seed), rows, elements, history, dtype)
     for got, wanted in zip(case.run(fused_step), case.run(step_reference), strict=True):
         assert got.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.skipif(native_step() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("elements", [511, 512, 513, 1025, 2059])
+def test_the_compiled_step_is_the_reference_in_every_block(elements: int) -> None:
+    """Rows that read every term, each guided by another's output: numpy cannot step in unseen."""
+    native = native_step()
+    assert native is not None
+    rng = np.random.default_rng(elements)
+    rows = [StepRow(0.3, -0.7, -1, 1, 0.6, (0.3, -0.2), 0.1, 0.5, write_slot=i, noise_id=i) for i in range(2)]
+    x, raw = rng.standard_normal((3, elements), np.float32), rng.standard_normal((6, elements), np.float32)
+    history, network_input = rng.standard_normal((3, 2, elements), np.float32), np.empty_like(x)
+    guidance, seed = np.array([2.5, 0.5, 4], np.float32), np.arange(3, dtype=np.uint64)
+    row, uncond = np.array([0, 1, 0], np.int32), np.array([5, 3, 4], np.int32)
+    wanted = x.copy(), history.copy(), network_input.copy()
+    table = pack_rows(rows, 2)
+    step_reference(table, row, *wanted[:2], raw, uncond, guidance, seed, wanted[2])
+    native.step(table, row, x, history, raw, uncond, guidance, seed, network_input)
+    for got, want in zip((x, history, network_input), wanted, strict=True):
+        assert got.tobytes() == want.tobytes()
+    noise, noise_id = np.empty_like(x), np.array([0, 7, 2**32 - 1], np.uint32)
+    native.normals(seed, noise_id, noise)
+    assert noise.tobytes() == normals(seed, noise_id, elements).tobytes()
 
 
 @given(**CASES)

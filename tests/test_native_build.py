@@ -20,10 +20,10 @@ from fewstep.kernels import StepRow, fused_step, native_step, pack_rows
 logging.basicConfig(format="%(message)s")
 rng = np.random.default_rng(0)
 row = StepRow(0.1, -0.5, -1.0, 1.0, a=0.6, b=(0.3, -0.2), c=0.1, c_in=0.5, write_slot=1, noise_id=3)
-x, history, raw = (rng.standard_normal(shape, np.float32) for shape in ((3, 1003), (3, 2, 1003), (3, 1003)))
+x, history, raw = (rng.standard_normal(shape, np.float32) for shape in ((3, 1003), (3, 2, 1003), (5, 1003)))
 said = np.empty_like(x)
-none, guidance, seed = np.full(3, -1, np.int32), np.ones(3, np.float32), np.arange(3, dtype=np.uint64)
-fused_step(pack_rows([row], 2), np.zeros(3, np.int32), x, history, raw, none, guidance, seed, said)
+uncond, guidance, seed = np.array([4, -1, 3], np.int32), np.full(3, 2.5, np.float32), np.arange(3, dtype=np.uint64)
+fused_step(pack_rows([row], 2), np.zeros(3, np.int32), x, history, raw, uncond, guidance, seed, said)
 print("compiled" if native_step() else "numpy", hashlib.sha256(x.tobytes() + said.tobytes()).hexdigest())
 """
 

@@ -1,11 +1,11 @@
 """The comparison with peers is fair: what they run makes the very images that our engine makes."""
 
 import base64
-import importlib.util
 from pathlib import Path
 
 import pytest
 from sampler import Ask, Sampler, Setup
+from scripts import load_script
 
 from fewstep.runtime import Bundle, Engine, Request
 from fewstep.runtime.pictures import encode
@@ -28,11 +28,7 @@ def test_a_peers_batch_of_any_mix_has_the_engines_bits(is_padded: bool, simulate
 
 
 def test_every_peer_and_scenario_names_files_and_servers_that_are_there() -> None:
-    spec = importlib.util.spec_from_file_location("peers", ROOT / "benchmarks" / "peers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    peers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peers)
+    peers = load_script("peers")
     for file, flags in peers.PEERS.values():
         assert (peers.SERVERS / file).is_file()
         Setup(bundle="", port=1, max_batch=1, threads=1, **flags)
