@@ -42,7 +42,7 @@ class ClientError(Exception):
         status: the HTTP status; None where there was none: nobody answered, a stream broke off, a job failed.
         message: one line.
         field: the field that it is about, if it is about one.
-        code: the server's word for the reason, such as ``queue_full``.
+        code: the server's word for the reason, such as ``queue_full``; None of students, tables and aliases.
         retry_after_s: when it is worth asking again, if the server said so.
     """
 

@@ -122,9 +122,8 @@ def test_tables_are_loaded_listed_and_taken_away(client: fewstep.Client, tmp_pat
     assert table not in client.tables("digits")
     with pytest.raises(fewstep.ClientError, match="404: dpmpp_2m with 6 steps is not loaded"):
         client.unload_table("digits", "dpmpp_2m", 6)
-    with pytest.raises(fewstep.ClientError) as error:
+    with pytest.raises(fewstep.ClientError, match="400: table: is not a fewstep table"):
         client.load_table("digits", b"no table")
-    assert (error.value.status, error.value.code) == (400, "table_refused")
 
 
 def test_aliases_are_set_moved_and_removed(client: fewstep.Client) -> None:
