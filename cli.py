@@ -606,7 +606,7 @@ _EXPORTS: dict[str, set[str]] = {
     "--sampler": {"output", "sampler", "precision", "solver", "steps", "replace"},
     "--triton": {
         "repository", "variant", "tensorrt", "device", "precision", "name", "decoupled", "max_rows", "instances",
-        "threads", "replace",
+        "threads", "version", "replace",
     },
     "--triton --variant graph": {
         "repository", "variant", "device", "precision", "name", "solver", "steps", "max_rows", "instances", "threads",
@@ -627,7 +627,7 @@ def export(
         Path | None, typer.Option("-o", "--output", help="Folder of the bundle; --sampler: the ONNX file.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="The student's name; the recipe's.")] = None,
-    version: Annotated[str, typer.Option(help="The student's version.")] = "1",
+    version: Annotated[str, typer.Option(help="The student's. --triton: a number, of the model; beside others.")] = "1",
     solver: Annotated[str | None, typer.Option(help="Solver of a request that does not say; the method's own.")] = None,
     notice: Annotated[Path | None, typer.Option(help="File with the notices of the data's licence.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a bundle that is there.")] = False,
@@ -681,7 +681,7 @@ def export(
     if repository is not None:
         folder = _export_to_triton(
             source, repository, variant, solver, steps, tensorrt, device, precision, name=name, is_decoupled=decoupled,
-            max_rows=max_rows, instances=instances, threads=threads, replace=replace,
+            version=version, max_rows=max_rows, instances=instances, threads=threads, replace=replace,
         )  # fmt: skip
         if tensorrt:
             print(f"{folder}: written; fewstep triton check {repository} says how its plan is made")
@@ -789,6 +789,7 @@ def _export_to_triton(
     precision: str | None,
     *,
     is_decoupled: bool,
+    version: str,
     **common: Any,
 ) -> Path:
     from .deploy.triton_repository import VARIANTS, write_model
@@ -802,8 +803,10 @@ def _export_to_triton(
             _stop(f"--tensorrt: is for --variant graph; what runs {variant} on TensorRT is --device tensorrt")
         chosen = _one_of("--variant", variant, VARIANTS)
         where = _one_of("--device", device or "cpu", DEVICES)
+        if not version.isdecimal() or int(version) < 1:
+            _stop(f"--version: {version[:80]!r}: the versions of Triton's models are 1, 2 and so on")
         return write_model(
-            bundle, repository, variant=chosen, is_decoupled=is_decoupled, device=where,
+            bundle, repository, variant=chosen, is_decoupled=is_decoupled, device=where, version=int(version),
             precision=precision or "float32", **common,
         )  # fmt: skip
     for flag, said in (("--device", device), ("--precision", precision)):

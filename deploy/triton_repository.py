@@ -100,6 +100,7 @@ def write_model(
     threads: int | None = None,
     device: DeviceName = "cpu",
     precision: str = "float32",
+    version: int = 1,
     replace: bool = False,
 ) -> Path:
     """Write a student as a model of a repository.
@@ -115,6 +116,7 @@ def write_model(
         threads: CPU threads of one network call; the machine's cores when left out.
         device: see `gpu_backends.backend_on`.
         precision: of the network, one that the bundle has; on TensorRT, of the engine.
+        version: of the model; a new one of a model that is there is put beside the others. Triton serves the highest.
         replace: take the place of a model of this name.
 
     Returns:
@@ -139,17 +141,30 @@ def write_model(
         **({"threads": str(threads)} if threads else {}),
     }
     config = model_config(bundle, name, variant, is_decoupled, max_rows, instances, said)
+    out = repository / name
+    if (out / CONFIG).is_file() and not (out / str(version)).exists() and not replace:
+        if (out / CONFIG).read_text("utf-8") != config:
+            told = "all versions of a model have one: give the same shape, labels and flags, or another --name"
+            raise RepositoryError(f"--version: {out / CONFIG} would be another; {told}")
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=repository.parent) as place:
+            _write_version(Path(place) / "new", bundle, device)
+            (Path(place) / "new").rename(out / str(version))  # whole or not at all
+        return out
     with new_model(repository, name, replace) as folder:
-        (folder / "1").mkdir()
         (folder / CONFIG).write_text(config, "utf-8")
-        (folder / "1" / MODEL).write_text(_model_file(device), "utf-8")
-        shutil.copytree(bundle.path, folder / "1" / BUNDLE)
-        carried = folder / "1" / "fewstep"
-        carried.mkdir()
-        shutil.copy(_PACKAGE / "__init__.py", carried)
-        for part in _CARRIED:
-            shutil.copytree(_PACKAGE / part, carried / part, ignore=_LEFT)
-    return repository / name
+        _write_version(folder / str(version), bundle, device)
+    return out
+
+
+def _write_version(folder: Path, bundle: Bundle, device: DeviceName) -> None:
+    folder.mkdir()
+    (folder / MODEL).write_text(_model_file(device), "utf-8")
+    shutil.copytree(bundle.path, folder / BUNDLE)
+    carried = folder / "fewstep"
+    carried.mkdir()
+    shutil.copy(_PACKAGE / "__init__.py", carried)
+    for part in _CARRIED:
+        shutil.copytree(_PACKAGE / part, carried / part, ignore=_LEFT)
 
 
 def _refuse_misfit(bundle: Bundle, device: DeviceName, precision: str, threads: int | None) -> None:

@@ -452,6 +452,46 @@ def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
     assert 4 <= executions() - before <= 0.75 * 40 * 4
 
 
+def test_a_new_version_takes_over_while_the_server_runs(
+    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Beside the old one, which answers until the new one is loaded, and again when that is gone."""
+    repository, bundles = tmp_path / "repository", [Bundle.load(make_bundle(is_guided)) for is_guided in (False, True)]
+    request = Request(7, bundles[0].tableau("ddim", 2), 3)
+    expected = [sha256([Engine(bundle, threads=1).generate([request])[0].to_uint8()]) for bundle in bundles]
+    assert expected[0] != expected[1]
+    asked = {"LABEL": 3, "SEED": 7, "SOLVER": "ddim", "STEPS": 2}
+    write_model(bundles[0], repository, threads=1)
+    explicit = ["--model-control-mode=explicit", "--load-model=digits"]
+    with running(environment, repository, tmp_path / "log", arguments=explicit) as (http, _):
+
+        def load() -> None:
+            request = urllib.request.Request(f"http://{http}/v2/repository/models/digits/load", b"{}")
+            with urllib.request.urlopen(request, timeout=60) as response:
+                assert response.status == 200
+
+        assert sha256([over_http(http, "digits", asked)]) == expected[0]
+        with pytest.raises(
+            RepositoryError, match=r"config\.pbtxt would be another; all versions of a model have one: giv"
+        ):
+            write_model(bundles[1], repository, name="digits", threads=1, version=2, max_rows=3)
+        folder = write_model(bundles[1], repository, name="digits", threads=1, version=2)
+        assert [model.version.name for model in read_repository(repository)] == ["2"]
+        with pytest.raises(RepositoryError, match="exists already; --replace takes its place"):
+            write_model(bundles[1], repository, name="digits", threads=1, version=2)
+        with ThreadPoolExecutor(1) as pool:
+            loaded = pool.submit(load)
+            seen = []
+            while not loaded.done():
+                seen += sha256([over_http(http, "digits", asked)])
+            loaded.result()
+        assert set(seen) <= {expected[0][0], expected[1][0]}
+        assert sha256([over_http(http, "digits", asked)]) == expected[1]
+        shutil.rmtree(folder / "2")
+        load()
+        assert sha256([over_http(http, "digits", asked)]) == expected[0]
+
+
 # --- without Python
 
 
@@ -979,6 +1019,9 @@ def test_the_commands_write_and_check_a_repository(
     assert fewstep(*export, "--replace", "--variant", "iterative", "--decoupled")[0] == 0
     assert fewstep(*export, "--variant", "whole")[1] == (
         "fewstep: --variant: 'whole' is not one of inflight, iterative, loop, graph\n"
+    )
+    assert fewstep(*export, "--version", "two")[1] == (
+        "fewstep: --version: 'two': the versions of Triton's models are 1, 2 and so on\n"
     )
     assert fewstep(*export, "--device", "gpu")[1] == "fewstep: --device: 'gpu' is not one of cpu, cuda, tensorrt\n"
     told = "fewstep: --precision: a graph is float32, and Triton chooses where it runs; leave it out\n"
