@@ -103,7 +103,7 @@ def test_the_pages_snippet_for_tensorrt_gives_the_engines_samples(
     (snippet,) = (code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "trt.Runtime" in code)
     trt = ModuleType("tensorrt_rtx")
     trt.Logger = lambda severity: None  # type: ignore[attr-defined]
-    trt.Logger.ERROR = 0  # type: ignore[attr-defined]
+    trt.Logger.ERROR = 0
     engines = {b"whole": SimpleNamespace(create_execution_context=lambda: Context(graphs[-1]))}
     trt.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=engines.get)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
