@@ -144,7 +144,7 @@ def write_model(
     out = repository / name
     if (out / CONFIG).is_file() and not (out / str(version)).exists() and not replace:
         if (out / CONFIG).read_text("utf-8") != config:
-            told = "all versions of a model have one: give the same shape, labels and flags, or another --name"
+            told = "all versions of a model have one: give the same shape and flags, or another --name"
             raise RepositoryError(f"--version: {out / CONFIG} would be another; {told}")
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=repository.parent) as place:
             _write_version(Path(place) / "new", bundle, device)
