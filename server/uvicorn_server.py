@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from ..kernels import native_step
 from .app import create_app
 from .connection import Connection, connection_to
 from .gate import gated
@@ -41,6 +42,8 @@ class _DrainingServer(uvicorn.Server):
         names = ", ".join(self._service.engines)
         if self._service.simulated:
             names += f" on a SIMULATED accelerator ({self._service.simulated})"
+        if self._service.settings.device == "cpu" and native_step() is None:
+            also += "; the fused step in numpy, as none could be compiled"
         # Only now would a connection be accepted.
         print(f"fewstep serves {names} at {self._where}  (page at /, API at /docs{also}; Ctrl-C ends)", flush=True)
 

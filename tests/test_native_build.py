@@ -57,6 +57,17 @@ def folders(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
 
 
+def test_a_server_without_a_compiler_says_that_numpy_does_the_step(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fewstep.cli", "serve", "--port", "0", "--threads", "1"]
+    made = environment(tmp_path, PATH="")
+    with subprocess.Popen(command, env=made, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        server.terminate()
+    assert line.startswith("fewstep serves ")
+    assert line.endswith("; the fused step in numpy, as none could be compiled; Ctrl-C ends)\n")
+
+
 @needs_compiler
 def test_a_cache_folder_that_cannot_be_written_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
