@@ -512,6 +512,8 @@ def test_every_line_of_the_log_is_true(serving: Serving, make_bundle: Callable[.
             assert next(call).infer_response.model_name == "digits"
             call.cancel()
             asked.put(None)
+            for _ in range(5):  # the server hears of the cancelled call before these, and before it is told to leave
+                stub.ServerLive(service_pb2.ServerLiveRequest())
         process.terminate()
         _, written = process.communicate(timeout=60)
     lines = written.splitlines()
