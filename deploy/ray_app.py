@@ -16,7 +16,8 @@ asked for the longest ago when it has ``students`` of them: no request is under 
 import asyncio
 import logging
 import os
-import time
+import signal
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -164,13 +165,15 @@ def _multiplexed(app: ASGIApp, service: Service, students: int) -> ASGIApp:
 
 
 def run(arguments: Arguments, host: str, port: int) -> None:
-    """Serve until told to stop, on the cluster that ``RAY_ADDRESS`` names or on one of this machine."""
+    """Serve until SIGINT or SIGTERM, on the cluster that ``RAY_ADDRESS`` names or on one of this machine."""
     application = app(arguments)
     start(application, host, port)
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray took the one; a shell may have started us to ignore the other
+        signal.signal(number, lambda *_: told.set())
     print(f"fewstep on Ray Serve at http://{host}:{port}  (Ctrl-C ends)", flush=True)
     try:
-        while True:
-            time.sleep(3600)
+        told.wait()
     finally:
         stop()
 

@@ -173,7 +173,7 @@ def test_what_a_replica_costs_is_measured(make_bundle: Callable[..., Path]) -> N
     assert replica.default_steps == 4
     assert 0.99 * 36 <= 1000 * replica.cost.seconds(16) < 3 * 36
     assert 0 <= replica.overhead_ms < 40
-    assert 0 < replica.between_ms < 36
+    assert 0 <= replica.between_ms < 36
 
 
 def test_the_line_through_measured_calls() -> None:

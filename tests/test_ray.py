@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -77,8 +76,8 @@ def address(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         yield host, port
     finally:
         ray.shutdown()
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.terminate()
+        assert process.wait(120) == 0
 
 
 def ask(address: Address, student: str | None = None, **body: Any) -> tuple[int, Any, dict[str, str]]:
