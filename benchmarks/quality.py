@@ -3,12 +3,13 @@
     python benchmarks/quality.py --runs runs/quality                      everything: an hour or two on one core
     python benchmarks/quality.py --only digits digits-dmd --seeds 0 1     these, these seeds
     python benchmarks/quality.py --report                                 only write the page again, from what is there
-    python benchmarks/quality.py --seeds --samples 500 --fashion-data fashion_mnist.npz --fashion runs/fashion-mnist-mm4
-                                                                          only judge finished runs on Fashion-MNIST
+    python benchmarks/quality.py --samples 500 --data fashion_mnist.npz --only fashion-mnist-dkdm
+                                                                          the same for recipes of Fashion-MNIST
 
 It may be stopped at any time: each recipe and seed is a folder of `--runs`, trained by ``fewstep train`` and taken up
 where it was left, and its figures are kept beside it. Seed by seed, so that an early end leaves a whole table of fewer
-seeds. A seed is that of the teacher too, which all recipes of a seed share; one classifier judges all.
+seeds. A seed is that of the teacher too, which all recipes of a seed share; one classifier judges all. Fashion-MNIST
+has one teacher for all seeds, in the folder fashion-mnist-teacher; if there is none, it is trained, an hour and a half.
 
 Writes docs/results/students.json, students.md, students.png and a grid of samples for each recipe under docs/images.
 """
@@ -61,7 +62,8 @@ RECIPES = (  # in the order of the page, and in which they are run
     "digits-parameter-moments", "digits-output", "digits-guided-stochastic", "digits-dkdm-transformer",
 )  # fmt: skip
 
-FASHION_RECIPES = ("fashion-mnist-mm4", "fashion-mnist-guided", "fashion-mnist-consistency")
+FASHION_RECIPES = ("fashion-mnist-mm4", "fashion-mnist-guided", "fashion-mnist-consistency", "fashion-mnist-dkdm")
+FASHION_TOP, W = 40.0, 1.0  # its highest noise level, and its guidance
 FASHION_TEACHER = "fashion-mnist-teacher"  # which they share: its figures' folder, and its bundle with fitted tables
 
 CLAIMS = {  # by method: the paper's claim, and what digits can and cannot say of it
@@ -135,23 +137,20 @@ def main() -> None:
     """Train and judge what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=RECIPES)
+    parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=[*RECIPES, *FASHION_RECIPES])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1_000, help="of each noise seed")
     parser.add_argument("--noise-seeds", type=int, default=2)
-    parser.add_argument("--fashion", type=Path, nargs="*", default=[], help="finished runs")
-    parser.add_argument("--fashion-data", type=Path)
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST's .npz, where the recipe does not find it")
     parser.add_argument("--report", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     if not asked.report:
-        bench = Bench(asked.runs, asked.samples, asked.noise_seeds)
+        bench = Bench(asked.runs, asked.samples, asked.noise_seeds, asked.data)
         for seed in asked.seeds:
             for name in asked.only:
-                bench.unit(name, seed)
-        for run in asked.fashion:
-            bench.fashion(run, asked.fashion_data)
+                (bench.fashion if name in FASHION_RECIPES else bench.unit)(name, seed)
     write(asked.runs)
 
 
@@ -174,19 +173,20 @@ class Arm:
 class Bench:
     """Trains and judges."""
 
-    def __init__(self, runs: Path, samples: int, noise_seeds: int) -> None:
+    def __init__(self, runs: Path, samples: int, noise_seeds: int, data: Path | None = None) -> None:
         self.runs, self.samples, self.noise_seeds = runs, samples, noise_seeds
+        self.data = data  # of Fashion-MNIST
         self.console = Console(stderr=True)
         self.examiners: dict[str, Examiner] = {}
         self.solutions: dict[tuple[float, float, int], Tensor] = {}  # of a teacher's equation, by w, top and noise
         runs.mkdir(parents=True, exist_ok=True)
 
-    def examiner(self, recipe: str, data: Path | None = None) -> Examiner:
+    def examiner(self, recipe: str) -> Examiner:
         """The judge of a recipe's images."""
         if recipe in self.examiners:
             return self.examiners[recipe]
         settings = load_recipe(recipe)
-        images = load_images(settings.data.source, data or settings.data.path, settings.data.class_names)
+        images = load_images(settings.data.source, self.data or settings.data.path, settings.data.class_names)
         place = self.runs / f"classifier-{settings.data.source}.safetensors"
         judge = make_judge(images, place, settings.evaluation.classifier_images, 0)
         return self.examiners.setdefault(recipe, Examiner.of(images, judge))
@@ -194,15 +194,8 @@ class Bench:
     def unit(self, name: str, seed: int) -> None:
         """Train and judge one recipe with one seed."""
         recipe = replace(load_recipe(name), seed=seed)
-        out, shared = self.runs / f"{name}-{seed}", self.runs / f"{TEACHER}-{seed}" / "teacher.safetensors"
-        if not shared.exists():
-            train(replace(load_recipe(TEACHER), seed=seed), shared.parent, until="teacher", quiet=True)
-        if not (out / "teacher.safetensors").exists():
-            out.mkdir(parents=True, exist_ok=True)
-            shutil.copy(shared, out / "teacher.safetensors")
-        path = train(recipe, out, until="student", quiet=True)
-        teacher, student = load_checkpoint(out / "teacher.safetensors"), load_checkpoint(path)
-        self.solutions.clear()
+        out, first = self.runs / f"{name}-{seed}", replace(load_recipe(TEACHER), seed=seed)
+        teacher, student = self.trained(recipe, out, first, self.runs / f"{TEACHER}-{seed}")
         arms = list(student_arms(recipe, student, teacher, self.noise_seeds))
         if isinstance(recipe.student, Guided):
             arms += guided_arms(recipe, out, student, teacher)
@@ -212,30 +205,40 @@ class Bench:
             arms += teacher_arms(recipe, teacher)
         if str(seed) != FIRST:
             arms = [arm for arm in arms if not arm.is_extra]
-        self.judge(out, arms, TEACHER, seconds=seconds_of(out), student=digest(path))
+        self.judge(out, arms, TEACHER, seconds=seconds_of(out), student=digest(out / "student.safetensors"))
 
-    def fashion(self, out: Path, data: Path | None) -> None:
-        """Judge a finished run on Fashion-MNIST, and its teacher, which all such runs share."""
-        teacher, student = load_checkpoint(out / "teacher.safetensors"), load_checkpoint(out / "student.safetensors")
-        recipe, shared = student.recipe, self.runs / FASHION_TEACHER
-        channels_last(teacher.network)
-        channels_last(student.network)
-        guided = predictor(teacher, recipe.student.guidance)
-        self.solutions.clear()
-        shared.mkdir(exist_ok=True)
+    def fashion(self, name: str, seed: int) -> None:
+        """The same on Fashion-MNIST, where the seed is that of the student alone, and the teacher."""
+        recipe, shared = load_recipe(name), self.runs / FASHION_TEACHER
+        if str(seed) != FIRST:  # the teacher's
+            recipe = replace(recipe, student=replace(recipe.student, seed=seed))
+        out, first = self.runs / f"{name}-{seed}", load_recipe(FASHION_RECIPES[0])
+        teacher, student = self.trained(recipe, out, first, shared, self.data)
         arms = [arm for arm in student_arms(recipe, student, teacher, self.noise_seeds) if not arm.is_extra]
         if isinstance(recipe.student, Guided):
             arms += guided_arms(recipe, out, student, teacher, FASHION_SCALES)
-        folder = self.runs / recipe.name
-        folder.mkdir(exist_ok=True)
+        self.judge(out, arms, name, seconds=seconds_of(out), student=digest(out / "student.safetensors"))
         self.judge(
-            folder, arms, recipe.name, data, seconds=seconds_of(out), student=digest(out / "student.safetensors")
+            shared, fashion_teacher_arms(teacher), name, teacher=digest(shared / "teacher.safetensors"), guidance=W
         )
-        arms = list(fashion_teacher_arms(recipe, guided))
-        weights = digest(out / "teacher.safetensors")
-        self.judge(shared, arms, recipe.name, data, teacher=weights, guidance=recipe.student.guidance)
 
-    def judge(self, out: Path, arms: Iterable[Arm], recipe: str, data: Path | None = None, **about: object) -> None:
+    def trained(
+        self, recipe: Recipe, out: Path, first: Recipe, shared: Path, data: Path | None = None
+    ) -> tuple[Checkpoint, Checkpoint]:
+        """Teacher and student of a recipe, trained where they are not yet; the teacher is that of the first recipe."""
+        if not (shared / "teacher.safetensors").exists():
+            train(first, shared, data=data, until="teacher", quiet=True)
+        if not (out / "teacher.safetensors").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(shared / "teacher.safetensors", out)
+        path = train(recipe, out, data=data, until="student", quiet=True)
+        teacher, student = load_checkpoint(out / "teacher.safetensors"), load_checkpoint(path)
+        channels_last(teacher.network)
+        channels_last(student.network)
+        self.solutions.clear()
+        return teacher, student
+
+    def judge(self, out: Path, arms: Iterable[Arm], recipe: str, **about: object) -> None:
         """Score what ``figures.json`` in ``out`` does not hold yet."""
         held = json.loads((out / JUDGED).read_text("utf-8")) if (out / JUDGED).exists() else {}
         key = {**about, "samples": self.samples}
@@ -244,7 +247,7 @@ class Bench:
         for arm in arms:
             if arm.name in held["arms"] and len(held["arms"][arm.name]["figures"]) >= arm.noise_seeds:
                 continue
-            examiner = self.examiner(recipe, data)
+            examiner = self.examiner(recipe)
             held["classifier"] = examiner.judge.sha256
             held["floor"] = asdict(examiner.floor(self.samples))
             figures = [self.score(arm, examiner, seed, out) for seed in range(arm.noise_seeds)]
@@ -327,14 +330,15 @@ def teacher_arms(recipe: Recipe, teacher: Checkpoint) -> Iterable[Arm]:
                 yield Arm(f"teacher {solver} {steps} to {floor:g}", steps, network, table, 1, network, is_extra)
 
 
-def fashion_teacher_arms(recipe: Recipe, guided: Denoiser) -> Iterable[Arm]:
-    """The guided teacher by training-free tables, and by the tables fitted to it that ship with its bundle."""
-    top = recipe.student.sigma_max
+def fashion_teacher_arms(teacher: Checkpoint) -> Iterable[Arm]:
+    """The teacher as it is, and guided by w = 1: by training-free tables, and by those fitted to it in its bundle."""
+    plain, guided = predictor(teacher), predictor(teacher, W)
+    yield Arm("teacher w=0 dpmpp_2m 8 to 0.05", 8, plain, SOLVERS["dpmpp_2m"](karras(8, 0.05, FASHION_TOP)), 1)
     for solver, steps, floor in (
         ("dpmpp_2m", 2, 0.25), ("dpmpp_2m", 4, 0.25), ("dpmpp_2m", 4, 0.05), ("dpmpp_2m", 32, 0.01),
         ("ddim", 4, 0.05), ("ddim", 8, 0.05),
     ):  # fmt: skip
-        table = SOLVERS[solver](karras(steps, floor, top))
+        table = SOLVERS[solver](karras(steps, floor, FASHION_TOP))
         yield Arm(f"teacher {solver} {steps} to {floor:g}", cost(guided, table), guided, table, 1)
     bundle = Bundle.load(FASHION_TEACHER)
     for solver, steps in (("dode-ddim", 4), ("dode-ddim", 8), ("end-to-end-ddim", 4)):
@@ -428,6 +432,7 @@ DKDM = "Digits: DKDM into a network of half the arithmetic is within 1.1 of its 
 DKDM_MADE = "Digits: DKDM is better than the same network trained on teacher-made images of equal cost"
 FASHION_STAGE_ONE = STAGE_ONE.replace("Digits", "Fashion-MNIST")
 FASHION_STAGE_TWO = STAGE_TWO.replace("Digits", "Fashion-MNIST")
+FASHION_DKDM = DKDM.replace("Digits", "Fashion-MNIST")
 FASHION = "Fashion-MNIST: moment matching with 4 calls is no worse than the guided teacher with 64"
 TRIED: dict[str, str] = {  # where a target was missed; one run each on 2026-11-21, training seed 0
     MM: "four times the images: 42.5; twice the images and rate: 42.7, the same with weight_power 0.5: 41.2; twice the "
@@ -451,17 +456,18 @@ def write(runs: Path) -> None:
         for out in sorted(runs.iterdir())
         if (out / JUDGED).exists()
     }
-    students: dict[str, Cell] = {}
-    for name in RECIPES:
-        units = {key.rpartition("-")[2]: unit for key, unit in held.items() if key.rpartition("-")[0] == name}
-        if units:
-            students[name] = summary(name, units)
+    units = {
+        name: {key.rpartition("-")[2]: unit for key, unit in held.items() if key.rpartition("-")[0] == name}
+        for name in (*RECIPES, *FASHION_RECIPES)
+    }
+    students: dict[str, Cell] = {name: summary(name, units[name]) for name in RECIPES if units[name]}
     any_unit = next(unit for key, unit in held.items() if key.rpartition("-")[0] in RECIPES)
     results = {
         "date": date.today().isoformat(), "machine": platform.machine(), "threads": 1,
         **common(any_unit), "students": students,
         "fashion": {
-            name: summary(name, {FIRST: held[name]}) | common(held[name]) for name in FASHION_RECIPES if name in held
+            name: summary(name, units[name]) | common(units[name][FIRST])
+            for name in FASHION_RECIPES if FIRST in units[name]
         },
     }  # fmt: skip
     if FASHION_TEACHER in held:
@@ -481,7 +487,7 @@ def write(runs: Path) -> None:
         if picture.exists():
             shutil.copy(picture, PICTURES / f"{name}.png")
     for name, cell in results["fashion"].items():
-        picture = runs / name / f"student-{cell['solver']}-{cell['steps']}.png"
+        picture = runs / f"{name}-{FIRST}" / f"student-{cell['solver']}-{cell['steps']}.png"
         if picture.exists() and name != FASHION_RECIPES[0]:  # whose picture is the README's
             shutil.copy(picture, PICTURES / f"{name}.png")
     picture = runs / FASHION_TEACHER / "teacher-dpmpp_2m-32-to-0.01.png"
@@ -614,6 +620,10 @@ def targets(results: Cell) -> list[Cell]:
         if all(on):
             own, made, real = distances(student, *(each for each in on if each))
             add(DKDM_MADE, f"{own:.1f} against {made:.1f} (on the real images: {real:.1f})", own < made)
+    if "fashion-mnist-dkdm" in fashion and "fashion_teacher" in results:
+        own = distance(fashion["fashion-mnist-dkdm"]["arms"]["student dpmpp_2m 8"])
+        teacher = distance(results["fashion_teacher"]["arms"]["teacher w=0 dpmpp_2m 8 to 0.05"])
+        add(FASHION_DKDM, f"{own:.1f} against {teacher:.1f}: ratio {own / teacher:.2f}", own <= 1.1 * teacher)
     arms = json.loads((RESULTS / "fashion-mnist-mm4.json").read_text("utf-8"))["arms"]
     own, guided = (float(arms[name]["fd"]) for name in ("student ddim 4", "teacher dpmpp_2m 32"))
     add(FASHION, f"{own:.1f} (ddim) against {guided:.1f}, in 2000 samples, as in the README", own <= guided)
@@ -760,7 +770,10 @@ def fashion_verdict(results: Cell, method: str) -> str:
         if cell["method"] == method and "fashion_teacher" in results:
             own, arms = cell["arms"][f"student {cell['solver']} {cell['steps']}"], results["fashion_teacher"]["arms"]
             said_ = f". Fashion-MNIST: {distance(own):.1f} with {cell['steps']} calls"
-            by_calls = {calls: [distance(arm) for arm in arms.values() if arm["calls"] == calls] for calls in (8, 64)}
+            by_calls = {
+                calls: [distance(arm) for name, arm in arms.items() if arm["calls"] == calls and " w=0 " not in name]
+                for calls in (8, 64)
+            }
             beside = ", ".join(f"{min(found):.1f} with {calls}" for calls, found in by_calls.items() if found)
             return f"{said_}; teacher {beside}" if beside else said_
     return ""
@@ -834,14 +847,15 @@ def fashion_page(results: Cell, header: tuple[str, ...]) -> list[str]:
     text = [
         "## Fashion-MNIST", "",
         "28 x 28 pixels. All from one teacher, trained on 576 000 images (its loss was 0.206 after two thirds of them "
-        "and 0.202 at the end), guided by w = 1 (guidance 2, two calls a step); by recipes that ship, one training "
-        f"seed: deviations are between noise seeds. {shared['samples']} samples, judged by a classifier of their own "
+        "and 0.202 at the end), guided by w = 1 (guidance 2, two calls a step) where nothing else is said; by "
+        "recipes that ship. Deviations are between seeds of the student's training, of which the last column is the "
+        f"number; with one, between noise seeds. {shared['samples']} samples, judged by a classifier of their own "
         f"(sha256 {shared['classifier_sha256'][:12]}): compare these distances neither with those of digits nor with "
         "the README's, which are of 2000 samples and hold moment matching. `dode-ddim` and `end-to-end-ddim` are the "
         "teacher with tables fitted to it; [learned-tables.md](../learned-tables.md) has more of them.", "",
-        line("network", "table", "calls", *header, "training, s"), line(*["---"] * (4 + len(header))),
-        line("held-out images", "the floor", "", *figures_of(shared["floor"]), ""),
-        *(line("teacher, w = 1", arm.removeprefix("teacher "), own["calls"], *figures_of(own), "")
+        line("network", "table", "calls", *header, "training, s", "seeds"), line(*["---"] * (5 + len(header))),
+        line("held-out images", "the floor", "", *figures_of(shared["floor"]), "", ""),
+        *(line("teacher", arm.removeprefix("teacher "), own["calls"], *figures_of(own), "", "")
           for arm, own in shared["arms"].items()),
     ]  # fmt: skip
     for name, cell in fashion.items():
@@ -850,7 +864,8 @@ def fashion_page(results: Cell, header: tuple[str, ...]) -> list[str]:
                 is_first = arm.split()[1] == cell["solver"]
                 took = f"{cell['seconds']:.0f}" if is_first else ""
                 label = f"`{name}`" if is_first else ""
-                text.append(line(label, arm.removeprefix("student "), own["calls"], *figures_of(own), took))
+                table = arm.removeprefix("student ")
+                text.append(line(label, table, own["calls"], *figures_of(own), took, own["seeds"]))
     return [*text, "", *guided_page(fashion, "fashion-mnist-guided")]
 
 

@@ -112,6 +112,7 @@ def train_plan(
     plan: Plan,
     images: Images,
     recipe: Recipe,
+    seed: int,
     folder: Path,
     accelerator: Accelerator,
     console: Console,
@@ -122,7 +123,8 @@ def train_plan(
     Args:
         plan: what to do.
         images: training data.
-        recipe: seed, and what the checkpoint must have been made with.
+        recipe: what the checkpoint must have been made with.
+        seed: of the images' order, and of the noise.
         folder: receives ``state.safetensors``, ``log.csv`` and sample grids.
         accelerator: devices and processes.
         console: progress; a bar on a terminal, else a line for each row of the log.
@@ -161,7 +163,7 @@ def train_plan(
     ) as bar:
         task = bar.add_task(plan.name, total=plan.steps, completed=start, note="")
         for step in range(start, plan.steps):
-            for name, value in state.step(step, images, recipe.seed, saved, path):
+            for name, value in state.step(step, images, seed, saved, path):
                 sums.setdefault(name, []).append(value)
             bar.advance(task)
             done = step + 1

@@ -99,6 +99,7 @@ class Student:
     sigma_max: float = setting(40.0, least=0.1)
     sigma_floor: float = setting(0.02, least=1e-4)  # noise below which there is nothing to learn
     guidance: float = setting(1.0, least=-1, most=100)  # w of the teacher, baked in
+    seed: int | None = None  # the recipe's if left out; several students of one teacher differ in it
     images: int = setting(80_000, least=1)  # seen by the student in each stage; an auxiliary sees as many a turn
     batch: int = setting(64, least=1)  # over all processes
     learning_rate: float = setting(5e-4, least=0)

@@ -212,6 +212,7 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path, images: Images, accelerator: Accelerator, console: Console) -> None:
         self.recipe, self.out, self.images = recipe, out, images
         self.accelerator, self.console = accelerator, console
+        self.student_seed = recipe.seed if recipe.student.seed is None else recipe.student.seed
         self.sigma_data = recipe.data.sigma_data or round(images.sigma_data(), 3)
         self.no_class = len(images.class_names)
         levels = karras(recipe.student.num_steps, recipe.student.sigma_min, recipe.student.sigma_max)
@@ -250,7 +251,7 @@ class Run:
         settings = self.recipe.student
         config = stage.config(before.network.config)
         with torch.random.fork_rng():
-            torch.manual_seed(self.recipe.seed + 1)
+            torch.manual_seed(self.student_seed + 1)
             student = build_network(config)
         if not stage.from_scratch:  # only an embedding of guidance is new
             student.load_state_dict(student.state_dict() | before.network.state_dict())
@@ -270,7 +271,7 @@ class Run:
                 sigma_data=self.sigma_data,
                 images=self.images,
                 device=self.accelerator.device,
-                seed=self.recipe.seed,
+                seed=self.student_seed,
                 process=self.accelerator.process_index,
                 processes=self.accelerator.num_processes,
             )
@@ -299,7 +300,10 @@ class Run:
         path, kind = self.out / f"{name}.safetensors", "teacher" if name == "teacher" else "student"
         if not path.exists():
             plan, show = make_plan(), partial(self._show, sigmas=sigmas)
-            averaged = train_plan(plan, self.images, self.recipe, self.out / name, self.accelerator, self.console, show)
+            seed = self.recipe.seed if kind == "teacher" else self.student_seed
+            averaged = train_plan(
+                plan, self.images, self.recipe, seed, self.out / name, self.accelerator, self.console, show
+            )
             network.load_state_dict(averaged)
             if self.accelerator.is_main_process:
                 self._save(path, kind, network, sigmas, guidance, plan.steps * plan.batch)
