@@ -439,7 +439,8 @@ TRIED: dict[str, str] = {  # where a target was missed; one run each on 2026-11-
     "images, sigma_min 0.12: 45.7; four turns of the auxiliary network for one: 48.0. `digits-dmd` comes to the "
     "teacher's distance, so the network can",
     STAGE_TWO: "it is w = 0 that misses. Half the images, after shorter stages 1 for w from 0 to 4 and -0.5 to 4: "
-    "ratios 2.10, 1.11, 1.00, 1.02 and 2.74, 1.02, 0.96, 1.00",
+    "ratios 2.10, 1.11, 1.00, 1.02 and 2.74, 1.02, 0.96, 1.00; four times the images, of one seed: "
+    "1.57, 1.00, 1.00, 1.01",
     DKDM: "38 400 images into half the width, a quarter of the weights: ratio 3.67; 153 600 images into that: 1.57. "
     "Of one seed, whose ratio is 1.50: twice the images 1.34; 32 steps of the teacher's chain for 64 1.71. On the real "
     "images the same network comes to its teacher, so it can; with more images still, it might",

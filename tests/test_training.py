@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -127,6 +128,21 @@ def test_another_recipe_is_refused_by_the_difference(tmp_path: Path) -> None:
     (tmp_path / "teacher.safetensors").unlink()
     with pytest.raises(TrainingError, match=r"state.safetensors: made by another recipe"):
         train(tiny(learning_rate=0.01), tmp_path, until="teacher", quiet=True)
+
+
+def test_students_of_several_seeds_share_a_teacher(tmp_path: Path) -> None:
+    """The recipe's seed is the teacher's; a student of another has other losses, one that names the same none."""
+    recipe = dataclasses.replace(tiny(), student=dataclasses.replace(tiny().student, images=800, batch=16))
+    logs: list[list[list[str]]] = []
+    for seed in (None, 0, 1):
+        out = tmp_path / str(seed)
+        if logs:
+            out.mkdir()
+            shutil.copy(tmp_path / "None" / "teacher.safetensors", out)
+        student = dataclasses.replace(recipe.student, seed=seed)
+        train(dataclasses.replace(recipe, student=student), out, until="student", quiet=True)
+        logs.append(losses(out / "student" / "log.csv"))
+    assert logs[0] == logs[1] != logs[2]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path: Path) -> None:
