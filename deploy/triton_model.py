@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb  # Triton's; it exists in its processes alone
 
-from ..runtime import Bundle, Engine, EngineThread, Preview, RequestError, Sample, SampleFailed
+from ..runtime import Bundle, Engine, EngineThread, Preview, RequestError, Sample, SampleFailed, StepFailed
 from ..runtime.backends import BackendError
 from ..runtime.call import INPUTS, NAMES, CallError, in_words, outputs_of, requests_of
 from ..runtime.gpu_backends import backend_on
@@ -379,5 +379,7 @@ def _refusal(error: BaseException) -> Any:
     if isinstance(error, ValueError):  # the call is wrong, or does not fit the student
         field = error.field if isinstance(error, CallError) else message.partition(":")[0]
         return pb.InferenceResponse(error=codes(in_words(message, field, NAMES), codes.INVALID_ARG))
+    if isinstance(error, StepFailed):  # the engine has logged what was raised
+        message = "the server failed on this request; Triton's log says why"
     is_busy = isinstance(error, RequestError) and not isinstance(error, SampleFailed)  # late, or no room
     return pb.InferenceResponse(error=codes(message, codes.UNAVAILABLE if is_busy else codes.INTERNAL))

@@ -15,6 +15,7 @@ from .request import (
     RequestError,
     Sample,
     SampleFailed,
+    StepFailed,
 )
 from .schedules import Levels
 from .tableau import Tableau, TableauError
@@ -35,6 +36,7 @@ __all__ = [
     "RequestError",
     "Sample",
     "SampleFailed",
+    "StepFailed",
     "Tableau",
     "TableauError",
     "embedded_names",

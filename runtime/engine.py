@@ -39,6 +39,7 @@ from .request import (
     Sample,
     SampleFailed,
     SampleFuture,
+    StepFailed,
     Ticket,
 )
 from .scheduler import AGEING_S, Scheduler, Shares
@@ -391,7 +392,7 @@ class Engine:
                 yield from self._tick()
         except Exception as error:
             log.exception("%s: a tick failed; its %d samples are lost", self.bundle.name, len(self._slots))
-            self._fail_running(SampleFailed(f"the step failed: {error}"))
+            self._fail_running(StepFailed(f"the step failed: {error}"))
 
     def _tick(self) -> Iterator[int]:
         start_s = self._clock()
@@ -446,7 +447,7 @@ class Engine:
         tickets = [slots.tickets[i] for i in failed]
         slots.remove(failed)
         for ticket in tickets:
-            self._fail(ticket, SampleFailed(f"the step failed: {lost[id(ticket)]}"))
+            self._fail(ticket, StepFailed(f"the step failed: {lost[id(ticket)]}"))
 
     def _let_go(self, now_s: float) -> None:
         over = [i for i, ticket in enumerate(self._slots.tickets) if ticket.is_over(now_s)]
@@ -485,7 +486,7 @@ class Engine:
                 rows = self._rows(request.tableau)
             except Exception as error:
                 log.exception("%s: %s cannot be packed", self.bundle.name, request.tableau.name)
-                self._fail(ticket, SampleFailed(f"its table cannot be run: {error}"))
+                self._fail(ticket, StepFailed(f"its table cannot be run: {error}"))
                 first -= ticket.paused is not None
                 continue
             slots.add(ticket, rows, label, scale)

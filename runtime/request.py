@@ -119,6 +119,10 @@ class SampleFailed(RequestError):
     """The network or the update gave no usable sample."""
 
 
+class StepFailed(SampleFailed):
+    """A library raised within the step. What it says is for the server's log, and not for clients."""
+
+
 class SampleFuture(Future[Sample]):
     """A request's future. To ask it whether it was cancelled takes no lock: it is asked before every step."""
 

@@ -1,18 +1,24 @@
 """Bodies: reading one that may be too large or compressed, and writing one that goes on for as long as it is read."""
 
 import asyncio
+import json
+import logging
 import re
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import ApiError, crashed
 from .generation import ClientGone, unless_gone
+from .logs import REQUEST_ID
 from .settings import Settings
+
+log = logging.getLogger("fewstep")
 
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits: which wrapping
 _NOT_AT_ALL = re.compile(r";\s*q=0(\.0*)?\s*$")
@@ -78,24 +84,45 @@ def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
 
 
 class EventStream(Response):
-    """Server-sent events, written as they come. A client that leaves closes the iterator, and so cancels the work."""
+    """Server-sent events, written as they come. A client that leaves closes the iterator, and so cancels the work.
+
+    Args:
+        events: what to write.
+        failure: what the protocol tells of an error, as the data of the last event: the status was sent long before.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], failure: Callable[[ApiError], dict[str, Any]]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._failure = events, failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write it."""
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
         async def write() -> None:
-            async with aclosing(self._events) as events:
-                async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+            end = b""
+            try:
+                async with aclosing(self._events) as events:
+                    async for event in events:
+                        await send({"type": "http.response.body", "body": event, "more_body": True})
+            except Exception as error:
+                end = event_of(self._failure(_foreseen(error, f"{scope['method']} {scope['path']}")))
+            await send({"type": "http.response.body", "body": end})
 
         with suppress(ClientGone):
             await unless_gone(receive, write())
+
+
+def event_of(data: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(data, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _foreseen(error: Exception, what: str) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    log.error("%s: an error that was not foreseen", what, exc_info=error)
+    return crashed(REQUEST_ID.get())

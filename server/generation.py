@@ -33,8 +33,9 @@ from ..runtime import (
     Request,
     Sample,
     SampleFailed,
+    StepFailed,
 )
-from .errors import ApiError
+from .errors import ApiError, crashed
 from .keys import ANYBODY, CALLER
 from .logs import REQUEST_ID
 from .service import Service
@@ -301,7 +302,8 @@ def _end_of(service: Service, error: BaseException, engine: Engine, request_id: 
         return ApiError(504, f"deadline_ms: {error}", param="deadline_ms", code="deadline_expired")
     if isinstance(error, SampleFailed):
         log.error("%s: %s", engine.bundle.name, error, extra={"fields": {"request_id": request_id}})
-        return ApiError(500, str(error), code="sample_failed")
+        said = crashed(request_id).message if isinstance(error, StepFailed) else str(error)
+        return ApiError(500, said, code="sample_failed")
     return error
 
 

@@ -26,7 +26,7 @@ from starlette.types import Scope
 from ..runtime import Engine, Preview, Request, Sample
 from ..runtime.call import deadline_after, refuse_too_many, request_of, some_seed
 from ..runtime.pictures import ImageFormat, encode
-from .bodies import EventStream, read_body
+from .bodies import EventStream, event_of, read_body
 from .errors import ApiError, refusals
 from .generation import Door, encoded, engine_of, evenly, follow, image_limit, outcome, submit, unless_gone
 from .jobs import Started
@@ -120,7 +120,7 @@ async def generate_images(http: HttpRequest, service: Service) -> Response:
             return await unless_gone(http.receive, start(service, asked, arrived_s).answer)
         engine = engine_of(service, asked.model)
         images = follow(service, engine, _requests(service, engine, asked), evenly(asked.partial_images or 0))
-        return EventStream(_events(service, engine, asked, images))
+        return EventStream(_events(service, engine, asked, images), _failure)
     except ApiError as error:
         raise in_openai_words(error) from None
 
@@ -243,13 +243,14 @@ async def _events(
     """The answer as OpenAI's events: partial images, then each image when it is finished."""
     shown = [0] * asked.n
     async with aclosing(images):
-        try:
-            async for i, image in images:
-                body = await encoded(service, 1, _event, engine, asked, i, image, shown[i])
-                shown[i] += 1
-                yield body
-        except ApiError as error:
-            yield b"data: " + json.dumps({"type": "error", **in_openai_words(error).body()}).encode() + b"\n\n"
+        async for i, image in images:
+            body = await encoded(service, 1, _event, engine, asked, i, image, shown[i])
+            shown[i] += 1
+            yield body
+
+
+def _failure(error: ApiError) -> dict[str, Any]:
+    return {"type": "error", **in_openai_words(error).body()}
 
 
 def _event(engine: Engine, asked: ImageRequest, i: int, image: Preview | Sample, number: int) -> bytes:
@@ -273,7 +274,7 @@ def _event(engine: Engine, asked: ImageRequest, i: int, image: Preview | Sample,
         event["usage"] = {**none, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
         event["seed"] = image.request.seed
         event |= _said(engine, image.request)
-    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+    return event_of(event)
 
 
 def _said(engine: Engine, request: Request) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from ..runtime import Engine, Preview, Request, Sample
-from .bodies import EventStream, packed, read_body
+from .bodies import EventStream, event_of, packed, read_body
 from .errors import ApiError
 from .generation import Door, encoded, engine_of, follow, make, unless_gone
 from .inference import (
@@ -100,7 +100,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         engine = named(http)
         call_id, requests, every = _asked(body, service, engine)
         images = follow(service, engine, requests, lambda preview: every > 0 and preview.step % every == 0)
-        return EventStream(_events(service, engine, call_id, requests, images))
+        return EventStream(_events(service, engine, call_id, requests, images), _failure)
 
     async def index(http: HttpRequest) -> Response:
         asked = _object(await read_body(http, service.settings))
@@ -332,11 +332,12 @@ async def _events(
     images: AsyncGenerator[tuple[int, Preview | Sample]],
 ) -> AsyncGenerator[bytes]:
     async with aclosing(images):
-        try:
-            async for i, image in images:
-                yield await encoded(service, 1, _event, engine, call_id, requests[i].seed, i, image)
-        except ApiError as error:
-            yield b"data: " + json.dumps({"error": error.renamed(NAMES).message}).encode() + b"\n\n"
+        async for i, image in images:
+            yield await encoded(service, 1, _event, engine, call_id, requests[i].seed, i, image)
+
+
+def _failure(error: ApiError) -> _Json:
+    return {"error": error.renamed(NAMES).message}
 
 
 def _event(engine: Engine, call_id: Any, seed: int, i: int, image: Preview | Sample) -> bytes:
@@ -346,4 +347,4 @@ def _event(engine: Engine, call_id: Any, seed: int, i: int, image: Preview | Sam
         event |= {"is_preview": True, "step": image.step}
     else:
         event |= {"is_preview": False, "step": image.request.tableau.num_steps}
-    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+    return event_of(event)
