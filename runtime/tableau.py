@@ -38,6 +38,7 @@ Array = NDArray[np.float64]
 
 FORMAT = 1
 MAX_ROWS, MAX_HISTORY = 1024, 16
+LARGEST = float(np.finfo(np.float32).max)  # the kernel reads float32
 _EXACT = 1e-9  # how far the closed forms may miss the invariants, relative to the largest level
 _ARRAYS = ("alpha", "sigma", "t", "a", "b", "c")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -95,14 +96,19 @@ class Tableau:
             bad = np.argwhere(~np.isfinite(getattr(self, name)))
             if len(bad):
                 raise TableauError(f"{self.name}: {name}{bad[0].tolist()} is not finite")
+            large = np.argwhere(np.abs(getattr(self, name)) > LARGEST)
+            if len(large):
+                raise TableauError(f"{self.name}: {name}{large[0].tolist()} is too large for float32")
         if self.form not in FORMS:
             raise TableauError(f"{self.name}: form {self.form!r} is not one of {', '.join(FORMS)}")
         if not 0 <= self.residual < 1e6:
-            raise TableauError(f"{self.name}: residual {self.residual} is not a small positive number")
-        if self.start is not None and not 0 < self.start < np.inf:
-            raise TableauError(f"{self.name}: start {self.start} is not a positive number")
+            raise TableauError(f"{self.name}: residual {str(self.residual)[:80]} is not a small positive number")
+        if self.start is not None and not 0 < self.start <= LARGEST:
+            raise TableauError(f"{self.name}: start {str(self.start)[:80]} is not a positive number of float32")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise TableauError(f"{self.name}: clip {self.clip} is not (lower, upper)")
+        if self.clip is not None and any(LARGEST < abs(bound) < np.inf for bound in self.clip):
+            raise TableauError(f"{self.name}: clip has a bound that is too large for float32")
         for name in ("alpha", "sigma"):
             low = int(getattr(self, name).argmin())
             if getattr(self, name)[low] < 0:
@@ -283,7 +289,8 @@ class Tableau:
             arrays: dict[str, Any] = safetensors.numpy.load(data)
             (length,) = struct.unpack_from("<Q", data)
             header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fewstep_tableau"])
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError):
+            json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RecursionError):
             raise TableauError(f"{source}: is not a fewstep table") from None
         if not isinstance(header, dict):
             raise TableauError(f"{source}: is not a fewstep table")
@@ -296,10 +303,16 @@ class Tableau:
             raise TableauError(f"{source}: unknown or missing entries: {', '.join(odd)}")
         for name, kind in _HEADER.items():
             if not isinstance(header.get(name), kind) or isinstance(header.get(name), bool):
-                raise TableauError(f"{source}: {name} is {header.get(name)!r}")
+                raise TableauError(f"{source}: {name} is {header.get(name)!r:.80}")
+        for name, array in arrays.items():
+            if array.dtype != np.float64:
+                raise TableauError(f"{source}: {name} is {array.dtype}, not float64")
+        for fact, said in header["provenance"].items():
+            if not isinstance(said, str):
+                raise TableauError(f"{source}: provenance: {fact[:80]!r} is {str(said)[:80]}, not a text")
         clip = tuple(header["clip"]) if header["clip"] else None
         if clip and (len(clip) != 2 or not all(isinstance(bound, _NUMBER) for bound in clip)):
-            raise TableauError(f"{source}: clip is {header['clip']!r}, not two numbers")
+            raise TableauError(f"{source}: clip is {header['clip']!r:.80}, not two numbers")
         try:
             rest = {name: header[name] for name in fields - {"clip"}}
             return cls(**arrays, **rest, clip=clip, start=header.get("start"))

@@ -328,7 +328,12 @@ def toy(**changes: Any) -> Tableau:
         ({"alpha": [1, 1, 0]}, "toy: the last row must end at data, not at alpha = 0"),
         ({"sigma": [4, -1, 0]}, r"toy: sigma\[1\] is negative: -1"),
         ({"alpha": [-1, 1, 1]}, r"toy: alpha\[0\] is negative: -1"),
-        ({"sigma": [1e300, 1, 0]}, "toy: row 0 misses the variance of its level by nan"),
+        ({"sigma": [1e300, 1, 0]}, r"toy: sigma\[0\] is too large for float32"),
+        ({"t": [0.3, -1e39]}, r"toy: t\[1\] is too large for float32"),
+        ({"start": 1e39}, r"toy: start 1e\+39 is not a positive number of float32"),
+        ({"start": 10**400}, "toy: start 10{79} is not a positive number of float32"),
+        ({"residual": 10**400}, "toy: residual 10{79} is not a small positive number"),
+        ({"clip": (-1, 10**400)}, "toy: clip has a bound that is too large for float32"),
         ({"sigma": [0, 0, 0]}, "toy: row 0 misses the variance of its level by nan"),
         ({"t": [0.3, np.nan]}, r"toy: t\[1\] is not finite"),
         ({"b": [[np.inf, 0], [1, 0]]}, r"toy: b\[0, 0\] is not finite"),
@@ -415,6 +420,11 @@ def file_with(header: Any = None, arrays: Any = None, **entries: Any) -> bytes:
     return safetensors.numpy.save(arrays or safetensors.numpy.load(data), {"fewstep_tableau": text})
 
 
+def as_float32() -> dict[str, Any]:
+    arrays = safetensors.numpy.load(toy().to_bytes())
+    return arrays | {"a": arrays["a"].astype(np.float32)}
+
+
 def zipped() -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
@@ -459,6 +469,11 @@ NO_TABLE = "is not a fewstep table"
         (file_with(clip="ab"), "clip is 'ab'"),
         (file_with(clip=[1]), r"clip is \[1\], not two numbers"),
         (file_with(clip=["a", "b"]), r"clip is \['a', 'b'\], not two numbers"),
+        (file_with(start=10**400), "start 10+ is not a positive number of float32"),
+        (file_with(provenance={"seed": 7}), "provenance: 'seed' is 7, not a text"),
+        (file_with(provenance={"by": "\ud800"}), NO_TABLE),
+        (file_with(arrays=as_float32()), "a is float32, not float64"),
+        (safetensors.numpy.save({"a": np.zeros(3)}, {"fewstep_tableau": "[" * 100_000 + "]" * 100_000}), NO_TABLE),
         (file_with(name="a/b"), "'a/b' is no name for a table: 1 to 64 of A-Z a-z 0-9 . _ [+] -"),
         (file_with(form="score"), "toy: form 'score' is not one of x0, eps, v, flow"),
     ],

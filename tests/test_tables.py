@@ -1,6 +1,8 @@
 """Tables as artefacts: looked at, compared, put into bundles, and loaded into a student that is running."""
 
 import itertools
+import json
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -27,6 +30,14 @@ def version(number: int, steps: int = 3) -> Tableau:
     """A table whose rows and so whose samples and hash are like no other number's."""
     learned = ddim(karras(steps, 0.05 + 0.01 * number, 20.0))
     return replace(learned, name="learned", provenance={"number": str(number)})
+
+
+def with_header(tableau: Tableau, **entries: Any) -> bytes:
+    """A table's file with other entries in its header, which no `Tableau` would write."""
+    data = tableau.to_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fewstep_tableau"]) | entries
+    return safetensors.numpy.save(safetensors.numpy.load(data), {"fewstep_tableau": json.dumps(header)})
 
 
 def misfits(bundle: Bundle) -> list[tuple[Tableau, str]]:
@@ -201,6 +212,9 @@ def test_a_posted_table_is_served_at_once(client: TestClient) -> None:
         ("POST", TABLES, b"", 400, "is not a fewstep table"),
         ("POST", TABLES, version(0).to_bytes()[:-8], 400, "is not a fewstep table"),
         ("POST", TABLES, replace(version(0), weights_sha256="1" * 64).to_bytes(), 400, "was fitted to weights 1111"),
+        ("POST", TABLES, with_header(version(0), start=10**400), 400, "start 1000"),
+        ("POST", TABLES, with_header(version(0), clip=[-1, 10**400]), 400, "clip has a bound that is too large"),
+        ("POST", TABLES, with_header(version(0), provenance={"seed": 7}), 400, "provenance: 'seed' is 7, not a text"),
         ("POST", TABLES, bytes(2 << 20), 413, "larger than"),
         ("POST", "/v2/models/nobody/tables", version(0).to_bytes(), 404, "'nobody' is not served"),
         ("GET", "/v2/models/nobody/tables", None, 404, "'nobody' is not served"),
@@ -217,6 +231,8 @@ def test_what_is_refused_says_why_and_changes_nothing(
     assert answer.status_code == status
     assert said in answer.json()["error"]  # one line, as of all paths below /v2
     assert client.get(TABLES).json() == before
+    assert client.post(TABLES, content=version(1).to_bytes()).status_code == 200
+    assert image(client)["tableau_sha256"] == version(1).sha256
 
 
 # --- a watched folder
