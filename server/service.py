@@ -25,7 +25,7 @@ from .jobs import Jobs
 from .keys import Keys
 from .settings import Settings, SettingsError
 from .tables import TablesFolder
-from .traces import Traces
+from .traces import LEAVE_S, Traces
 
 log = logging.getLogger("fewstep")
 
@@ -90,7 +90,7 @@ class Service:
         self._thread.stop(timeout_s=0)
         self.encoders.stop()
         if self.traces:
-            self.traces.stop()
+            self.traces.stop(min(LEAVE_S, self.settings.drain_timeout_s))
 
     @property
     def simulated(self) -> str | None:

@@ -5,6 +5,8 @@ ticks were (`Engine.recent`). A sample runs in every tick between its start and 
 afterwards, in an encoder's thread. A caller's W3C ``traceparent`` is the parent, and its sampling decision is kept.
 """
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,10 @@ from ..runtime import Engine, Sample
 from .settings import SettingsError
 
 T = TypeVar("T")
+
+LEAVE_S = 2.0  # for the last spans, when the server leaves
+
+log = logging.getLogger("fewstep")
 
 
 class Traces:
@@ -44,10 +50,9 @@ class Traces:
         self._api = trace
         self._propagator = TraceContextTextMapPropagator()
         resource = Resource.create({"service.name": "fewstep"})
-        self._provider = TracerProvider(resource=resource, sampler=ParentBasedTraceIdRatio(ratio))
-        self._provider.add_span_processor(
-            BatchSpanProcessor(OTLPSpanExporter(endpoint)) if exporter is None else SimpleSpanProcessor(exporter)
-        )
+        self._provider = TracerProvider(ParentBasedTraceIdRatio(ratio), resource, shutdown_on_exit=False)
+        self._exporter = exporter or OTLPSpanExporter(endpoint)
+        self._provider.add_span_processor((SimpleSpanProcessor if exporter else BatchSpanProcessor)(self._exporter))
         self._tracer = self._provider.get_tracer("fewstep")
 
     @contextmanager
@@ -125,6 +130,11 @@ class Traces:
 
         return span
 
-    def stop(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+    def stop(self, timeout_s: float = LEAVE_S) -> None:
+        """Send what is left, for so long at most: the SDK's own bound is half a minute."""
+        sending = threading.Thread(target=self._provider.shutdown, name="fewstep-spans", daemon=True)
+        sending.start()
+        sending.join(timeout_s)
+        if sending.is_alive():
+            log.warning("the last spans are given up: their collector did not take them within %g s", timeout_s)
+            self._exporter.shutdown()  # it tries no more

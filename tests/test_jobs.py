@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -368,6 +369,22 @@ def test_a_grpc_call_is_a_trace_too(make_bundle: Callable[..., Path], method: st
     assert {hexadecimal(span)[0] for span in spans} == {TRACE}
     (root,) = [span for span in spans if span.name == name]
     assert ((root.attributes or {})["fewstep.status"], root.status.is_ok) == ("OK", True)
+
+
+def test_a_collector_that_takes_nothing_does_not_hold_up_the_exit(
+    make_bundle: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as collector:  # it listens, and answers nobody
+        url = f"http://127.0.0.1:{collector.getsockname()[1]}/v1/traces"
+        settings = Settings(bundles=(str(make_bundle()),), threads=1, otlp_endpoint=url, drain_timeout_s=0.1)
+        with TestClient(gated(create_app(service := Service(settings)), service)) as client:
+            assert client.post(IMAGES, json={"prompt": "1"}).status_code == 200
+            left_s = time.monotonic()
+        assert time.monotonic() - left_s < 5  # the exporter itself waits for ten seconds
+    for thread in threading.enumerate():
+        if thread.name == "fewstep-spans":
+            thread.join()
+    assert "the last spans are given up: their collector did not take them within 0.1 s" in caplog.messages
 
 
 def test_without_the_extra_an_endpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
