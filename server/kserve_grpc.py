@@ -49,6 +49,8 @@ from .service import Service
 log = logging.getLogger("fewstep")
 
 LEAVE_S = 0.5  # when all is answered: for the clients of streams that never end, as watching the health is one
+IN_STREAM = 256  # requests of one stream under way, and answers that its client has not read; then no more is read
+IDLE_S = 300  # a connection without a call; clients connect again by themselves, and log a line
 _SERVICE = "inference.GRPCInferenceService"
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT, 401: grpc.StatusCode.UNAUTHENTICATED,
@@ -76,9 +78,21 @@ class GrpcServer:
 
     async def start(self) -> str:
         """Listen; gives the address."""
-        options = [("grpc.so_reuseport", 0), ("grpc.max_send_message_length", -1)]
-        options.append(("grpc.max_receive_message_length", self._service.settings.max_body_bytes))
-        self._server = grpc.aio.server(interceptors=[self._gate], options=options)
+        settings = self._service.settings
+        silence_ms = math.ceil(1000 * settings.request_timeout_s)
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_receive_message_length", settings.max_body_bytes),
+            ("grpc.max_allowed_incoming_connections", settings.max_connections),
+            ("grpc.server_handshake_timeout_ms", silence_ms),  # for a connection to speak HTTP/2 at all
+            ("grpc.keepalive_time_ms", silence_ms),  # then a silent client is asked whether it is still there
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.max_connection_idle_ms", IDLE_S * 1000),
+        ]
+        self._server = grpc.aio.server(
+            interceptors=[self._gate], options=options, maximum_concurrent_rpcs=settings.max_connections
+        )
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
@@ -86,7 +100,6 @@ class GrpcServer:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         host = self._service.settings.host
         address = f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
-        settings = self._service.settings
         if settings.tls_certfile and settings.tls_keyfile:
             pair = settings.tls_keyfile.read_bytes(), settings.tls_certfile.read_bytes()
             self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
@@ -275,6 +288,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     ) -> AsyncGenerator[Any]:
         answers: asyncio.Queue[Any] = asyncio.Queue()
         calls: set[asyncio.Task[None]] = set()
+        is_less = asyncio.Event()  # fewer calls, or answers that the client has not read
 
         async def answer(request: Any) -> None:
             try:
@@ -289,10 +303,17 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                     failed.infer_response.id = request.id
                 answers.put_nowait(failed)
 
+        def over(task: asyncio.Task[None]) -> None:
+            calls.discard(task)
+            is_less.set()
+
         async def read() -> None:
             async for request in requests:
                 calls.add(task := asyncio.ensure_future(answer(request)))
-                task.add_done_callback(calls.discard)
+                task.add_done_callback(over)
+                while len(calls) + answers.qsize() >= IN_STREAM:
+                    is_less.clear()
+                    await is_less.wait()
 
         async def end() -> None:
             try:
@@ -310,6 +331,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         try:
             while (response := await answers.get()) is not None:
                 yield response
+                is_less.set()
             await ending
         finally:
             for task in (reader, ending, *calls):

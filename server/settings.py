@@ -57,7 +57,7 @@ class Settings(BaseModel):
     max_images: int = Field(default=64, ge=1)  # n of one request
     max_steps: int | None = Field(default=None, ge=1)  # of one image: tables with more are not served; None: all are
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
-    max_connections: int = Field(default=4096, ge=1)  # open at once over HTTP; further ones are refused with 503
+    max_connections: int = Field(default=4096, ge=1)  # open at once over HTTP, and over gRPC; further ones are refused
     request_timeout_s: float = Field(default=30.0, gt=0)  # for a request to be there
     ageing_s: float = Field(default=10.0, gt=0)  # time in line that is worth one level of priority
     max_jobs: int = Field(default=1000, ge=1)  # under way or finished, of each caller

@@ -18,7 +18,7 @@ import grpc
 import pytest
 from conftest import free_port
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tritonclient.grpc import service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fewstep.server.connection import Connection
@@ -391,6 +391,60 @@ def test_connections_beyond_the_limit_are_told_so(
             assert time.monotonic() - start_s < 30
         held[1].sendall(request({"prompt": "1"}))
         assert receive(held[1])[0] == 200
+
+
+def test_for_a_stream_that_is_not_read_no_more_is_made_than_it_can_take(serving: Serving) -> None:
+    num, port = 600, free_port()
+    small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536)]  # what the client's side holds unread
+    with (
+        serving("--grpc-port", str(port), "--simulate", "0+0", "--max-waiting", "100000") as (_, address),
+        grpc.insecure_channel(f"127.0.0.1:{port}", small) as channel,
+    ):
+        asked = service_pb2.ModelInferRequest(model_name="fashion-mnist-mm4")
+        asked.parameters["n"].int64_param, asked.parameters["steps"].int64_param = 16, 1
+        answers = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([asked] * num))
+        next(answers)
+        made, before = finished(address), -1
+        while made > before:  # until it stands still
+            time.sleep(1)
+            before, made = made, finished(address)
+        assert 0 < made < 0.8 * 16 * num
+        assert not any(answer.error_message for answer in answers)
+        assert finished(address) == 16 * num
+
+
+def test_grpc_has_the_bounds_that_http_has(serving: Serving, make_bundle: Callable[..., Path]) -> None:
+    port = free_port()
+    bounds = ("--set", "max_connections=2", "--set", "request_timeout_s=1")
+    with serving(make_bundle(), "--grpc-port", str(port), *bounds) as _, ExitStack() as stack:
+        where = f"127.0.0.1:{port}"
+        alone = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own
+        one, two, three = (stack.enter_context(grpc.insecure_channel(where, alone)) for _ in range(3))
+        for channel in (one, two):
+            assert health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status == 1
+        with pytest.raises(grpc.RpcError) as refused:
+            health_pb2_grpc.HealthStub(three).Check(health_pb2.HealthCheckRequest())
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        watches = [health_pb2_grpc.HealthStub(one).Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+        for watch in watches:
+            assert next(watch).status == 1
+        with pytest.raises(grpc.RpcError, match="Concurrent RPC limit exceeded") as refused:
+            health_pb2_grpc.HealthStub(one).Check(health_pb2.HealthCheckRequest())
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        two.close()
+        start_s = time.monotonic()
+        silent: list[bytes] = []
+        while not silent:  # until there is room for it
+            assert time.monotonic() - start_s < 60
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+                while data := read(sock):
+                    silent.append(data)  # gRPC greets, and later closes: nobody spoke
+
+
+def read(sock: socket.socket) -> bytes:
+    with suppress(ConnectionError):
+        return sock.recv(1000)
+    return b""
 
 
 def ask_status(address: Address) -> int:
