@@ -15,7 +15,9 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from .runtime import Bundle
+    from rich.text import Text
+
+    from .runtime import Bundle, Tableau
 
 app = typer.Typer(
     name="fewstep",
@@ -174,6 +176,7 @@ def bench_run(
     when they come, and each one's time counts from when it was meant to be sent.
     """
     _need_bench()
+    _refuse_unwritable(json=json, html=html)
     from .bench.page import save_page
     from .bench.report import save, show
     from .bench.run import address_of, bench
@@ -259,6 +262,7 @@ def capacity(
     A URL should be that of a replica nobody else uses: it is loaded to measure it.
     """
     _need_bench()
+    _refuse_unwritable(json=json)
     from .bench.plan import plan
 
     plan(
@@ -295,10 +299,13 @@ def generate(
     from .runtime.hooks import hooks_of
     from .runtime.pictures import encode, grid
 
+    _refuse_unwritable(output=output)
     loaded = Bundle.load(bundle)
     labels = loaded.manifest.labels
-    tableau = _named("--steps", lambda: loaded.tableau(solver, steps))
+    tableau = _tableau(loaded, solver, steps)
     wanted: list[int | None] = [None]
+    if label is not None and labels is None:
+        _stop(f"--label: {loaded.name} has no classes; leave it out")
     if labels and label is not None:
         wanted = [_named("--label", lambda: labels.parse(label))]
     elif labels:
@@ -329,26 +336,26 @@ def inspect(bundle: BundleArgument = None) -> None:
     """Verify a bundle and say what it is."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from .runtime import Bundle
 
     loaded = Bundle.load(bundle)
     manifest = loaded.manifest
     console = Console()
-    console.print(f"[bold]{manifest.name}[/] version {manifest.version}: {manifest.description}")
+    console.print(Text(manifest.name, "bold"), f"version {manifest.version}:", _as_text(manifest.description))
     facts = Table(show_header=False, box=None, pad_edge=False)
     channels, height, width = manifest.sample_shape
-    facts.add_row("folder", str(loaded.path))
+    facts.add_row("folder", _as_text(str(loaded.path)))
     facts.add_row("samples", f"{channels} x {height} x {width}")
     facts.add_row("network", f"says {manifest.output.type}, on the {manifest.path} path")
     if manifest.labels:
-        facts.add_row("labels", ", ".join(f"{i} {name}" for i, name in enumerate(manifest.labels.names)))
+        facts.add_row("labels", _as_text(", ".join(f"{i} {name}" for i, name in enumerate(manifest.labels.names))))
     scale = manifest.guidance
     facts.add_row("guidance", f"{scale.mode}, {scale.minimum:g} to {scale.maximum:g}, default {scale.default:g}")
     facts.add_row("weights", f"{loaded.network.stat().st_size:,} bytes, sha256 {loaded.weights_sha256}")
-    facts.add_row("licence", manifest.licence)
-    for fact, value in manifest.provenance.items():
-        facts.add_row(fact.replace("_", " "), value)
+    for fact, value in {"licence": manifest.licence, **manifest.provenance}.items():
+        facts.add_row(_as_text(fact.replace("_", " ")), _as_text(value))
     console.print(facts)
     table = Table("solver", "steps", "form", "history", "noise", "sha256", title="Tables", title_justify="left")
     default = manifest.default_tableau
@@ -402,7 +409,7 @@ def fit(
     history: Annotated[int, typer.Option(help="rows, end-to-end: predictions that a row may read.")] = 4,
     ridge: Annotated[float | None, typer.Option(help="How strongly rows stay near the base.")] = None,
     iterations: Annotated[int, typer.Option(help="end-to-end: linearisations.")] = 6,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Fit a solver's table to a bundle's network, which stays as it is."""
     from rich.console import Console
@@ -427,8 +434,7 @@ def fit(
         sigma_range=_two_numbers("--sigmas", sigmas),
         iterations=iterations,
     )
-    if not output.parent.is_dir():
-        _stop(f"--output: there is no folder {output.parent}")
+    _refuse_unwritable(output=output, makes_folder=False)
     loaded = Bundle.load(bundle)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -443,7 +449,7 @@ def fit(
     gain = 100 * (1 - made.after / made.before) if made.before else 0.0
     print(
         f"{output}: {made.table.name} with {steps} steps in {made.seconds:.1f} s; RMSE to the teacher's end on fresh "
-        f"noise {made.before:.4f} before, {made.after:.4f} after ({-gain:+.0f} %); sha256 {made.table.sha256[:12]}"
+        f"noise {made.before:.4f} before, {made.after:.4f} after ({0 - gain:+.0f} %); sha256 {made.table.sha256[:12]}"
     )
 
 
@@ -462,11 +468,13 @@ def table_show(file: Annotated[Path, typer.Argument(help="A table file.")]) -> N
     facts.add_column()
     facts.add_column(overflow="fold")
     facts.add_row("sha256", tableau.sha256)
-    facts.add_row("made for", "any weights" if tableau.weights_sha256 == "any" else f"weights {tableau.weights_sha256}")
+    facts.add_row(
+        "made for", _as_text("any weights" if tableau.weights_sha256 == "any" else f"weights {tableau.weights_sha256}")
+    )
     facts.add_row("starts at", f"{tableau.initial_scale:.6g} x noise")
     facts.add_row("misses its levels by", f"{tableau.residual:.3g} at most" if tableau.residual else "nothing")
     for fact, value in tableau.provenance.items():
-        facts.add_row(fact.replace("_", " "), value)
+        facts.add_row(_as_text(fact.replace("_", " ")), _as_text(value))
     console.print(facts)
     weights = [f"b[{j}]" for j in range(tableau.history)]
     rows = Table("row", "alpha", "sigma", "t", "a", *weights, "c", header_style="bold")
@@ -517,7 +525,7 @@ def table_diff(
         print(f"{old} and {new} are the same table")
         return
     for line in found:
-        print(line)
+        print(_as_text(line))
     raise SystemExit(1)
 
 
@@ -566,6 +574,7 @@ def evaluate(
         _stop(f"--steps: {steps!r} should be numbers of network calls, such as 4 or 1,2,4,8")
     if plot is not None and len(parts) < 2:
         _stop("--plot: draws several numbers of steps; give them, such as --steps 1,2,4,8")
+    _refuse_unwritable(output=output, plot=plot, makes_folder=False)
     reports = judge(
         source, [int(part) for part in parts] or [None], data=data, classifier=classifier, solver=solver,
         guidance=guidance, precision=precision, samples=samples, seeds=seeds,
@@ -768,7 +777,7 @@ def _export_sampler(
         _stop("--output: --sampler needs the ONNX file to write, such as -o sampler.onnx")
     if len(precisions) != 1:
         _stop("--precision: a sampler has one")
-    tableau = _named("--steps", lambda: bundle.tableau(solver, steps))
+    tableau = _tableau(bundle, solver, steps)
     parity = write_sampler(bundle, output, tableau, precisions[0], replace)
     how = ", emulated on the CPU," if precisions[0] == "bfloat16" else ""
     print(
@@ -815,7 +824,7 @@ def _export_to_triton(
     _need_torch("export --variant graph")
     from .deploy.triton_graph import write_graph_model
 
-    _named("--steps", lambda: bundle.tableau(solver, steps))
+    _tableau(bundle, solver, steps)
     return write_graph_model(bundle, repository, solver=solver, steps=steps, is_tensorrt=is_tensorrt, **common)
 
 
@@ -970,6 +979,7 @@ def demo(
     """Start a server, send it real requests, draw what comes back and say how long it took."""
     from .server.demo import run
 
+    _refuse_unwritable(output=output)
     run(bundle, output, port, stay)
 
 
@@ -1012,6 +1022,32 @@ def _named(what: str, make: Callable[[], T]) -> T:
         _stop(f"{what}: {error}" if not str(error).startswith(what) else str(error))
 
 
+def _tableau(bundle: "Bundle", solver: str | None, steps: int | None) -> "Tableau":
+    is_solver_there = solver is None or any(name == solver for name, _ in bundle.tableaus)
+    return _named("--steps" if is_solver_there else "--solver", lambda: bundle.tableau(solver, steps))
+
+
+def _refuse_unwritable(*, makes_folder: bool = True, **files: Path | None) -> None:
+    """Stop before the work at a file, named as its option, that could not be written after it."""
+    for option, file in files.items():
+        if file is None:
+            continue
+        folder = next(each for each in file.absolute().parents if each.exists() or not makes_folder)
+        if file.is_dir():
+            _stop(f"--{option}: {file} is a folder; name a file in it")
+        if not folder.is_dir():
+            _stop(f"--{option}: there is no folder {folder}")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            _stop(f"--{option}: {file} cannot be written: permission denied")
+
+
+def _as_text(said: str) -> "Text":
+    """What a file says, for the terminal: neither markup nor control characters of it are obeyed."""
+    from rich.text import Text
+
+    return Text("".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in said))
+
+
 def _stop(message: str) -> NoReturn:
     print(f"fewstep: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -1026,6 +1062,8 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("fewstep."):
             _stop(str(error))
+        if isinstance(error, OSError) and error.filename is not None:
+            _stop(f"{error.filename}: {error.strerror}")
         raise
 
 

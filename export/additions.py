@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import onnx
 import torch
 
-from ..runtime.bundle import EMBEDDED, MANIFEST, Bundle, BundleError, EngineFile, write_manifest
+from ..runtime.bundle import MANIFEST, Bundle, BundleError, EngineFile, write_manifest
 from .engines import Flavour, build_engine
 from .onnx_file import save_model
 from .precisions import Precision, convert, measure
@@ -158,7 +158,7 @@ def _with(bundle: Bundle, out: Path, add: Callable[[Path, dict[str, Any]], T]) -
     is_own = out.exists() and out.resolve() == bundle.path.resolve()
     if out.exists() and not is_own:
         raise BundleError(f"{out}: exists already")
-    if is_own and bundle.path.resolve().is_relative_to(EMBEDDED.resolve()):
+    if is_own and bundle.is_embedded:
         raise BundleError(f"{bundle.name} comes with fewstep and is not changed: name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as place:

@@ -191,6 +191,11 @@ class Bundle:
         return self.manifest.name
 
     @property
+    def is_embedded(self) -> bool:
+        """Whether it is one of those that come with the package, which are not changed."""
+        return self.path.resolve().is_relative_to(EMBEDDED.resolve())
+
+    @property
     def network(self) -> Path:
         """The file of the step graph."""
         return self.path / NETWORK
@@ -233,10 +238,10 @@ class Bundle:
         """The table a request asks for; what it leaves out is taken from the default.
 
         Raises:
-            ValueError: there is none; the message lists those there are.
+            BundleError: there is none; the message lists those there are.
         """
         if num_steps is not None and self.max_steps is not None and num_steps > self.max_steps:
-            raise ValueError(f"at most {self.max_steps} steps are served here, got {num_steps}")
+            raise BundleError(f"at most {self.max_steps} steps are served here, got {num_steps}")
         default = self.manifest.default_tableau
         usual = default.solver_for(num_steps or default.num_steps)
         if solver is None and num_steps is not None and (usual, num_steps) not in self.tableaus:
@@ -252,8 +257,8 @@ class Bundle:
                 have.setdefault(name, []).append(steps_)
             listed = "; ".join(f"{name} with {', '.join(map(str, s))}" for name, s in have.items())
             if reason := why_no_table(key[0]):
-                raise ValueError(f"{key[0]} is no table: it {reason}; {self.name} has {listed}")
-            raise ValueError(f"{self.name} has no table for {key[0]} with {key[1]} steps; it has {listed}")
+                raise BundleError(f"{key[0]} is no table: it {reason}; {self.name} has {listed}")
+            raise BundleError(f"{self.name} has no table for {key[0]} with {key[1]} steps; it has {listed}")
         return self.tableaus[key]
 
     def refuse_misfit(self, tableau: Tableau) -> None:
@@ -359,10 +364,12 @@ def add_tables(path: Path, tableaus: Sequence[Tableau], is_default: bool = False
         is_default: whether requests that say no more than a number of steps get them.
 
     Raises:
-        BundleError: the folder holds no bundle.
+        BundleError: the folder holds no bundle, or one that comes with the package.
         TableauError: a table does not fit it; nothing was changed.
     """
     bundle = Bundle.load(path)
+    if bundle.is_embedded:
+        raise BundleError(f"{bundle.name} comes with fewstep and is not changed: copy {bundle.path} and name the copy")
     for tableau in tableaus:
         bundle.refuse_misfit(tableau)
     held = {key: name for name in bundle.manifest.files if (key := _key_of(bundle, name)) is not None}

@@ -105,10 +105,10 @@ def evaluate(
         seeds: of the noise.
 
     Raises:
-        BundleError: the bundle has no such precision.
+        BundleError: the bundle has no such precision or table.
         CheckpointError: ``source`` is neither, or a bundle was not made here and so has no recipe.
         DataError: the images cannot be used.
-        ValueError: there is no such table.
+        ValueError: a checkpoint makes no such table.
     """
     path = Path(source)
     tables: list[tuple[Tableau, Sampler, Sampler | None]] = []  # the last: the teacher's samples from the same noise

@@ -6,6 +6,7 @@ own tables, and the noise is the noise of requests, so a fit is repeated by its 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from ...runtime.schedules import (
     trained,
 )
 from ...runtime.solvers import SOLVERS
-from ...runtime.tableau import Tableau
+from ...runtime.tableau import MAX_HISTORY, MAX_ROWS, Tableau
 from .closed_form import Direction
 from .end_to_end import EndToEnd
 from .fit import Fit, Method, fit, refuse_unknown
@@ -60,9 +61,20 @@ class Settings:
     learn_levels: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in {"num_steps": 1, "num_samples": 1, "num_fresh": 1, "pieces": 1, "iterations": 1}.items():
-            if getattr(self, name) < least:
-                raise FitError(f"{name}: {getattr(self, name)}, must be at least {least}")
+        counts = {
+            "steps": self.num_steps, "samples": self.num_samples, "fresh": self.num_fresh, "substeps": self.pieces,
+            "history": self.history, "iterations": self.iterations,
+        }  # fmt: skip
+        for name, count in counts.items():
+            if count < 1:
+                raise FitError(f"{name}: {count}, must be at least 1")
+        if self.num_steps * self.pieces > MAX_ROWS:
+            steps = f"{self.num_steps} of {self.pieces} substeps each"
+            raise FitError(f"steps: {steps} are more than the {MAX_ROWS} that a teacher takes")
+        if self.history > MAX_HISTORY:
+            raise FitError(f"history: {self.history}, a table may read at most {MAX_HISTORY} predictions")
+        if self.ridge is not None and not 0 <= self.ridge < math.inf:
+            raise FitError(f"ridge: {self.ridge:g}, must be at least 0")
         if not 0 <= self.seed < 1 << 30:
             raise FitError(f"seed: {self.seed}, must be 0 to 2**30 - 1")
 
