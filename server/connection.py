@@ -30,6 +30,29 @@ _LARGE = 65536  # bytes of a body from which on uvicorn wants the application to
 log = logging.getLogger("fewstep")
 
 
+class _InOneWrite:
+    """A cycle's transport that holds an answer's head back until its body comes, and sends both at once.
+
+    tritonclient's asyncio client asks for health and readiness without reading the body, and lets go of its connection
+    only where that came with the head.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head: bytes | None = b""  # None: it was sent
+        self.close, self.is_closing = transport.close, transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        """Head first, then pieces of the body."""
+        if self._head is None:
+            self._transport.write(data)
+        elif not self._head:
+            self._head = data
+        else:
+            self._transport.write(self._head + data)
+            self._head = None
+
+
 class Connection(HttpToolsProtocol):
     """One client's connection. `connection_to` makes the class for a server."""
 
@@ -114,6 +137,8 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         scope = cycle.scope
+        if scope["method"] == "GET":  # none of them is a stream, and each has a body
+            cycle.transport = _InOneWrite(cycle.transport)  # type: ignore[assignment]
         door = next((door for door in _DOORS if door.path.fullmatch(scope["path"])), None)
         if door is None or scope["method"] != "POST" or self.service.traces or self._is_unusual(cycle):
             super()._start_asgi_task(cycle, app)
