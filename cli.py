@@ -345,6 +345,8 @@ def inspect(bundle: BundleArgument = None) -> None:
     console = Console()
     console.print(Text(manifest.name, "bold"), f"version {manifest.version}:", _as_text(manifest.description))
     facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")  # a path or a hash that is cut off is of no use
     channels, height, width = manifest.sample_shape
     facts.add_row("folder", _as_text(str(loaded.path)))
     facts.add_row("samples", f"{channels} x {height} x {width}")

@@ -6,7 +6,7 @@ tables over levels and know no schedule.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,6 +119,8 @@ def karras(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rh
         Levels with ``t = ln(sigma) / 4``, EDM's c_noise.
     """
     _refuse_bad_range(num_steps, sigma_min, sigma_max)
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho: {rho:g}, must be above 0")
     ramp = np.linspace(0, 1, num_steps)
     sigma = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return Levels(np.ones(num_steps + 1), np.append(sigma, 0.0), np.log(sigma) / 4, schedule=EDM)
@@ -165,6 +167,9 @@ def vp_linear(
         spacing: uniform in time, in its square root, or in log-SNR (Lu et al. 2022, arXiv:2206.00927).
     """
     _refuse_bad_steps(num_steps)
+    refuse_unknown("spacing", spacing, ("time", "quadratic", "log_snr"))
+    if not 0 < beta_min <= beta_max:
+        raise ValueError(f"beta_min {beta_min:g} and beta_max {beta_max:g} must satisfy 0 < beta_min <= beta_max")
     schedule = linear_betas(beta_min, beta_max)
     if t_min is None and spacing == "time":
         return _levels(schedule, np.linspace(t_max, 0, num_steps + 1)[:-1])
@@ -194,6 +199,11 @@ def flow(
         time_scale: the network is told ``t * time_scale``; 1000 for most networks trained with diffusers.
     """
     _refuse_bad_steps(num_steps)
+    if not 0 < t_max <= 1:
+        raise ValueError(f"t_max: {t_max:g}, must be above 0 and at most 1")
+    for name, value in {"shift": shift, "time_scale": time_scale}.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: {value:g}, must be above 0")
     u = np.linspace(t_max, 0, num_steps + 1)[:-1] if t_min is None else np.linspace(t_max, t_min, num_steps)
     t = np.append(shift * u / (1 + (shift - 1) * u), 0.0)
     return Levels(1 - t, t, t[:-1] * time_scale, schedule=straight(time_scale))
@@ -232,6 +242,8 @@ def discrete(
         original_steps: see ``spacing``.
     """
     _refuse_bad_steps(num_steps)
+    refuse_unknown("spacing", spacing, ("leading", "trailing", "linspace", "lcm"))
+    refuse_unknown("sigmas", sigmas, ("trained", "karras", "exponential"))
     schedule = trained(discrete_betas(betas, num_train, beta_range))
     if sigmas != "trained":
         low, high = schedule.ratio(np.array([0.0, num_train - 1.0]))
@@ -244,7 +256,13 @@ def discrete(
 def discrete_betas(betas: Betas | ArrayLike, num_train: int, beta_range: tuple[float, float] | None = None) -> Array:
     """The variances ``beta[num_train]`` that DDPM's forward process adds at each time; see `discrete`."""
     if not isinstance(betas, str):
-        return np.asarray(betas, np.float64)
+        given = np.asarray(betas, np.float64)
+        if given.shape != (num_train,):
+            raise ValueError(f"betas: shape {list(given.shape)}, num_train is {num_train}")
+        if not ((given >= 0) & (given <= 1)).all():
+            raise ValueError("betas: each must be 0 to 1")
+        return given
+    refuse_unknown("betas", betas, ("linear", "scaled_linear", "cosine"))
     if betas == "cosine":
         t = np.arange(num_train + 1) / num_train
         bar = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -306,7 +324,8 @@ def straight(time_scale: float = 1.0) -> Schedule:
 
 def trained(betas: Array) -> Schedule:
     """The schedule of `discrete`. Between whole times ratios are interpolated linearly, times in log-SNR."""
-    table = np.sqrt(np.expm1(-np.cumsum(np.log1p(-betas))))
+    with np.errstate(divide="ignore"):  # a last beta of 1 is pure noise
+        table = np.sqrt(np.expm1(-np.cumsum(np.log1p(-betas))))
     whole = np.arange(len(table), dtype=np.float64)
 
     def ratio(t: Array) -> Array:
@@ -343,6 +362,12 @@ def _levels(schedule: Schedule, t: Array, ratio: Array | None = None, start: flo
     return Levels(np.append(alpha, 1.0), np.append(sigma, 0.0), np.array(t, np.float64), start, schedule)
 
 
+def refuse_unknown(what: str, given: str, known: Sequence[str]) -> None:
+    """Refuse a name that is none of those there are, and would else be taken for one of them."""
+    if given not in known:
+        raise ValueError(f"{what}: {given!r} is not one of {', '.join(known)}")
+
+
 def _refuse_bad_steps(num_steps: int) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps: {num_steps}, must be at least 1")
@@ -350,5 +375,5 @@ def _refuse_bad_steps(num_steps: int) -> None:
 
 def _refuse_bad_range(num_steps: int, sigma_min: float, sigma_max: float) -> None:
     _refuse_bad_steps(num_steps)
-    if not 0 < sigma_min <= sigma_max:
+    if not 0 < sigma_min <= sigma_max < math.inf:
         raise ValueError(f"sigma_min {sigma_min:g} and sigma_max {sigma_max:g} must satisfy 0 < sigma_min <= sigma_max")

@@ -79,6 +79,15 @@ def test_a_bundle_of_the_package_is_not_changed(run: Run, tmp_path: Path) -> Non
     assert ("ddim", 5) in Bundle.load(TEACHER).tableaus
 
 
+def test_inspect_says_the_whole_folder_and_the_whole_hash(run: Run) -> None:
+    """On a narrow terminal too."""
+    bundle = Bundle.load()
+    _, out, _ = run("inspect")
+    squeezed = "".join(out.split())
+    assert str(bundle.path) in squeezed
+    assert bundle.weights_sha256 in squeezed
+
+
 def test_what_a_table_says_of_itself_is_shown_and_not_obeyed(run: Run, tmp_path: Path) -> None:
     """Neither the terminal's control characters nor the markup of the library that prints."""
     odd = replace(ddim(karras(3)), provenance={"by": "[/nobody] [red]\x1b[2J", "[b]": "x"})

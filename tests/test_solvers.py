@@ -274,6 +274,48 @@ def test_special_cases_of_one_another(general: Solver, special: Solver) -> None:
     assert np.allclose(ends(general, levels), ends(special, levels), rtol=1e-9)
 
 
+WRONG: Any = "squaredcos_cap_v2"  # diffusers' name of the cosine betas
+
+
+def test_options_that_mean_nothing_are_refused_by_name_and_not_taken_for_others() -> None:
+    """Each names the option; else a misspelt schedule would give samples, of another schedule."""
+    levels = sch.karras(4)
+    asked: list[tuple[str, Callable[[], object]]] = [
+        ("betas: 'squaredcos_cap_v2' is not one of linear, scaled_linear, cosine", lambda: sch.discrete(4, WRONG)),
+        ("spacing: 'squaredcos_cap_v2' is not one of leading, ", lambda: sch.discrete(4, spacing=WRONG)),
+        ("sigmas: 'squaredcos_cap_v2' is not one of trained, ", lambda: sch.discrete(4, sigmas=WRONG)),
+        ("spacing: 'squaredcos_cap_v2' is not one of time, ", lambda: sch.vp_linear(4, spacing=WRONG)),
+        ("betas: shape \\[500\\], num_train is 1000", lambda: sch.discrete(4, np.linspace(1e-4, 0.02, 500))),
+        ("betas: each must be 0 to 1", lambda: sch.discrete(4, np.linspace(-1e-4, 0.02, 1000))),
+        ("shift: 0, must be above 0", lambda: sch.flow(4, 0.0)),
+        ("time_scale: 0, must be above 0", lambda: sch.flow(4, time_scale=0.0)),
+        ("t_max: 2, must be above 0 and at most 1", lambda: sch.flow(4, t_max=2.0)),
+        ("beta_min 20 and beta_max 0.1", lambda: sch.vp_linear(4, 20.0, 0.1)),
+        ("sigma_min 0.002 and sigma_max inf", lambda: sch.karras(4, sigma_max=math.inf)),
+        ("rho: 0, must be above 0", lambda: sch.karras(4, rho=0.0)),
+        ("ddim: eta 2, must be 0 to 1", lambda: sol.ddim(levels, eta=2.0)),
+        ("ddim: eta -1, must be 0 to 1", lambda: sol.ddim(levels, eta=-1.0)),
+        ("euler_ancestral: eta nan, must be 0 to 1", lambda: sol.euler_ancestral(levels, eta=math.nan)),
+        ("dpmpp_2m_sde: eta -1, must be at least 0", lambda: sol.dpmpp_2m_sde(levels, eta=-1.0)),
+        ("consistency: sigma_min -1, must be at least 0", lambda: sol.consistency(levels, sigma_min=-1.0)),
+        ("unipc_3: b: 'squaredcos_cap_v2' is not one of bh1, bh2", lambda: sol.unipc(levels, b=WRONG)),
+        ("unipc_3: kept: 'squaredcos_cap_v2' is not one of x0, eps", lambda: sol.unipc(levels, kept=WRONG)),
+        ("deis: variable: 'squaredcos_cap_v2' is not one of t, rho", lambda: sol.deis(levels, variable=WRONG)),
+        ("heun: churn -1, must be at least 0", lambda: sol.heun(levels, churn=-1.0)),
+    ]
+    for message, ask in asked:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            ask()
+
+
+def test_betas_that_end_in_pure_noise_are_taken() -> None:
+    """As diffusers rescales them for zero terminal SNR: the last is 1."""
+    betas = np.append(np.linspace(1e-4, 0.02, 999), 1.0)
+    levels = sch.discrete(4, betas, spacing="trailing")
+    assert levels[0].alpha == 0
+    assert sol.ddim(levels, form="x0").num_steps == 4
+
+
 def test_what_a_solver_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^unipc_5: order 5, must be 1 to 4$"):
         sol.unipc(sch.karras(3), 5)

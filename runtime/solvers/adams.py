@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schedules import Level, Levels, Schedule
+from ..schedules import Level, Levels, Schedule, refuse_unknown
 from ..tableau import Tableau
 from ..tracer import Linear, Trace, trace
 
@@ -122,6 +122,7 @@ def deis(
     Raises:
         ValueError: the schedule is missing, the degree is not 0 to 3, or the first level is pure noise.
     """
+    refuse_unknown("deis: variable", variable, ("t", "rho", "log_rho"))
     name = {"t": "deis", "rho": "deis_rho", "log_rho": "deis_log_rho"}[variable] + f"_{order}"
     _refuse_no_signal(name, levels)
     _refuse_order(name, order, 0, 3)

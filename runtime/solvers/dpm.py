@@ -144,6 +144,8 @@ def _multistep(
     name: str, levels: Levels, order: int, kept: Kept, eta: float = 0.0, lower_order_final: bool | None = None
 ) -> Tableau:
     _refuse_no_signal(name, levels, kept)
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"{name}: eta {eta:g}, must be at least 0")
     rows = len(levels.t)
     lowers = rows < 15 if lower_order_final is None else lower_order_final
 

@@ -57,6 +57,9 @@ def euler_ancestral(levels: Levels, eta: float = 1.0) -> Tableau:
 
 
 def _ddim(name: str, levels: Levels, eta: float, form: Form, options: Mapping[str, object] | None = None) -> Tableau:
+    if not 0 <= eta <= 1:
+        raise ValueError(f"{name}: eta {eta:g}, must be 0 to 1")
+
     def solve(net: Trace) -> Linear:
         x = net.start()
         for here, there in levels.steps():
@@ -98,7 +101,12 @@ def consistency(levels: Levels, sigma_min: float = 0.0) -> Tableau:
     Args:
         levels: the levels to visit.
         sigma_min: the level the network takes for clean data; its noise is not added twice.
+
+    Raises:
+        ValueError: ``sigma_min`` is negative.
     """
+    if not 0 <= sigma_min < math.inf:
+        raise ValueError(f"consistency: sigma_min {sigma_min:g}, must be at least 0")
 
     def solve(net: Trace) -> Linear:
         x = net.start()

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schedules import Level, Levels
+from ..schedules import Level, Levels, refuse_unknown
 from ..tableau import Tableau
 from ..tracer import Linear, Trace, trace
 from .exponential import Kept, first_order, phi, usable
@@ -47,6 +47,8 @@ def unipc(
     name = f"unipc_{order}"
     if not 1 <= order <= 4:
         raise ValueError(f"{name}: order {order}, must be 1 to 4")
+    refuse_unknown(f"{name}: b", b, ("bh1", "bh2"))
+    refuse_unknown(f"{name}: kept", kept, ("x0", "eps"))
     if kept == "eps" and levels.alpha[0] == 0:
         raise ValueError(f"{name}: the first level must hold some signal, alpha > 0")
     rows = len(levels.t)

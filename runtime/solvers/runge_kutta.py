@@ -35,6 +35,9 @@ def heun(
     if levels.alpha[0] == 0:
         raise ValueError("heun: the first level must hold some signal, alpha > 0")
     schedule = levels.schedule
+    for what, value in {"churn": churn, "churn_noise": churn_noise}.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"heun: {what} {value:g}, must be at least 0")
     if churn and schedule is None:
         raise ValueError("heun: for churn the levels must know their schedule; make them with a function of schedules")
     gamma = min(churn / len(levels.t), math.sqrt(2) - 1)
