@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fewstep.runtime import Engine, Request
 from fewstep.runtime.schedules import karras
 from fewstep.runtime.solvers import ancestral, consistency, ddim, meng_stochastic
-from fewstep.training import Denoiser, Images, load_checkpoint, sample, train
+from fewstep.training import Denoiser, Images, TrainingError, load_checkpoint, sample, train
 from fewstep.training import recipe as settings_of
 from fewstep.training.consistency import consistency_distillation, consistency_tuning, heun_step, lower_level
 from fewstep.training.denoiser import Predictor, per_row
@@ -36,6 +36,7 @@ from fewstep.training.output_distillation import output_distillation
 from fewstep.training.parameter_matching import moved_by, parameter_matching, predict, teacher_gradient
 from fewstep.training.progressive import progressive_plan, subdivided, two_steps
 from fewstep.training.reflow import reflow
+from fewstep.training.report import evaluate
 from fewstep.training.sampling import ve_levels
 from fewstep.training.student_bundle import export_checkpoint
 
@@ -517,7 +518,7 @@ def test_the_orders_of_dkdm_differ_in_how_rows_stand() -> None:
 
 
 def test_an_unconditional_pool_asks_for_no_class() -> None:
-    pool = Pool(replace(settings_of.Dkdm(), conditional=False, pool=64), made(Normal(1.0), Normal(1.0)))
+    pool = Pool(settings_of.Dkdm(conditional=False, guidance=0.0, pool=64), made(Normal(1.0), Normal(1.0)))
     assert set(pool.draw(64, generator(0))[2].tolist()) == {2}
 
 
@@ -615,6 +616,52 @@ def test_a_student_of_every_method_is_trained_exported_and_sampled(method: str, 
     assert all(np.isfinite(future.result().pixels).all() for future in futures)
 
 
+def test_a_student_of_one_step_is_exported_and_judged(teacher: Path, tmp_path: Path) -> None:
+    """It has one level and so no range of its own: the tables of more steps are on that of its recipe."""
+    shutil.copy(teacher / "teacher.safetensors", tmp_path)
+    student = {"method": "moment-matching", "num_steps": 1, "sigma_min": 0.8, **SHORT}
+    evaluation = {"classifier_images": 1_000}
+    path = train(
+        settings_of.recipe_from(TINY | {"student": student, "evaluation": evaluation}),
+        tmp_path,
+        until="student",
+        quiet=True,
+    )
+    bundle, _ = export_checkpoint(path, tmp_path / "bundle")
+    assert bundle.manifest.default_tableau.num_steps == 1
+    ours, more = evaluate(path, (None, 2), samples=100, seeds=1)
+    assert (ours.num_steps, more.num_steps) == (1, 2)
+    (served,) = evaluate(
+        tmp_path / "bundle", (2,), classifier=tmp_path / "classifier.safetensors", samples=100, seeds=1
+    )
+    assert served.num_steps == 2
+
+
+def test_a_student_that_is_told_no_class_has_no_input_for_one(teacher: Path, tmp_path: Path) -> None:
+    """An unconditional pool's student is served and judged without classes, which it has never seen."""
+    shutil.copy(teacher / "teacher.safetensors", tmp_path)
+    student = {"method": "dkdm", "conditional": False, "pool": 64, **SHORT}
+    recipe = settings_of.recipe_from(TINY | {"student": student, "evaluation": {"classifier_images": 1_000}})
+    path = train(recipe, tmp_path, until="student", quiet=True)
+    network = load_checkpoint(path).network
+    assert not any("label" in name for name in network.state_dict())
+    bundle, parity = export_checkpoint(path, tmp_path / "bundle")
+    assert bundle.manifest.labels is None
+    assert parity.graph_error < 1e-4
+    (report,) = evaluate(path, samples=100, seeds=1)
+    assert report.mean.class_accuracy is None
+
+
+def test_what_is_no_teacher_is_not_taken_for_one(teacher: Path, tmp_path: Path) -> None:
+    shutil.copy(teacher / "teacher.safetensors", tmp_path)
+    recipe = settings_of.recipe_from(TINY | {"student": {"method": "moment-matching"} | SHORT})
+    train(recipe, tmp_path, until="student", quiet=True).rename(tmp_path / "teacher.safetensors")
+    with pytest.raises(
+        TrainingError, match=r"teacher.safetensors: is a student of 4 steps, and not what the run calls"
+    ):
+        train(recipe, tmp_path, until="student", quiet=True)
+
+
 @pytest.mark.parametrize("method", ["dkdm", "reflow", "consistency-distillation", "consistency-tuning"])
 def test_what_a_method_remembers_survives_a_kill(
     method: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -674,7 +721,10 @@ def test_settings_that_do_not_fit_together_are_refused() -> None:
             {"method": "dkdm", "network": {"chanels": 8}},
             r"\[student.network\] chanels is not a setting; did you mean ch",
         ),
-        ({"method": "diff-instruct", "num_steps": 2}, r"num_steps = 2 should be between 1 and 1"),
+        ({"method": "diff-instruct", "num_steps": 2}, r"num_steps = 2 should be 1$"),
+        ({"method": "parameter-moment-matching", "guidance": 1.0}, r"guidance = 1.0 should be 0$"),
+        ({"method": "dkdm", "pool": 32}, r"pool = 32 should be at least batch = 64"),
+        ({"method": "dkdm", "conditional": False}, r"guidance = 1 is towards a class; of none, give 0"),
     ):
         with pytest.raises(settings_of.RecipeError, match=message):
             settings_of.recipe_from({"name": "a", "student": student})

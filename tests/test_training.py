@@ -208,7 +208,7 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
         ('name = "a"\n[student]\npool = 4', r"\[student\] pool is a setting of 'dkdm', not of 'moment-matching'"),
         ('name = "a"\n[student]\nnum_steps = 0', r"\[student\] num_steps = 0 should be between 1 and 64"),
         ('name = "a"\n[teacher]\nlearning_rate = nan', r"\[teacher\] learning_rate = nan should be at least 0"),
-        ('name = "a"\n[student]\nsigma_min = 50.0', r"\[student\] needs sigma_floor < sigma_min <= sigma_max"),
+        ('name = "a"\n[student]\nsigma_min = 50.0', r"\[student\] needs sigma_floor < sigma_min < sigma_max"),
         ('name = "a"\ndata = 3', r"data = 3 should be a table, \[data\]"),
         ("name = ", r"not TOML"),
     ],

@@ -11,7 +11,7 @@ both the target and the latent's next state, so a step costs one teacher call. X
     dynamic      a pool of many more rows, of which each step takes some at random and puts them back
 
 A pool is what a server of few-step samples holds: each row carries its own row of the teacher's table. A row
-that is finished starts again from noise, with a new class.
+that is finished starts again from noise, with a new class; or with none, and then the student is not told any either.
 
 Of a teacher with a learned variance the mean is taken. The paper's second term, a KL divergence, trains the student's
 variance and nothing else, since its gradient is stopped at the mean; a table's noise is one number a row, so nothing
@@ -119,7 +119,8 @@ def dkdm(settings: Dkdm, distillation: Distillation) -> Plan:
 
 
 def other_network(settings: Dkdm, config: NetworkConfig) -> NetworkConfig:
-    """The student's architecture, for the teacher's images and classes."""
+    """The student's architecture, for the teacher's images and classes, or for none if it is to be told none."""
+    classes = config.num_classes if settings.conditional else 0
     if settings.network is None:
-        return config
-    return configure(settings.network, config.sample_shape, config.num_classes)
+        return replace(config, num_classes=classes)
+    return configure(settings.network, config.sample_shape, classes)

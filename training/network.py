@@ -39,7 +39,7 @@ class NetworkConfig:
     """
 
     sample_shape: tuple[int, int, int]  # [C, H, W] of one image
-    num_classes: int  # the class `num_classes` means "no class"
+    num_classes: int  # the class `num_classes` means "no class"; 0 for a network of ours that is told none
     channels: int = 48  # at the high resolution; twice that at the low one
     blocks: int = 2  # on each way down and up
     patch: int = 2  # pixels on a side of what the high resolution sees as one
@@ -54,7 +54,7 @@ class NetworkConfig:
     @property
     def takes_label(self) -> bool:
         """Whether the network is told the class."""
-        return self.diffusers is None or self.diffusers.num_labels > 0
+        return (self.num_classes if self.diffusers is None else self.diffusers.num_labels) > 0
 
     def __post_init__(self) -> None:
         if self.diffusers is not None:
@@ -139,7 +139,8 @@ class UNet(nn.Module):
         cell = config.patch**2
 
         self.level = nn.Sequential(nn.Linear(32, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label = nn.Embedding(config.num_classes + 1, emb)
+        if config.takes_label:
+            self.label = nn.Embedding(config.num_classes + 1, emb)
         if config.guidance_embedding:
             self.guidance = GuidanceEmbedding(emb)
 
@@ -157,19 +158,21 @@ class UNet(nn.Module):
         self.fine_mid = nn.Conv2d(fine, fine, 3, padding=1)
         self.fine_out = zero(nn.Conv2d(fine, image, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         """Run the network.
 
         Args:
             x: latents already scaled by c_in, ``[B, C, H, W]`` float32.
             t: what the network is told of the noise, EDM's c_noise = ln(sigma) / 4, ``[B]`` float32.
-            label: class of each row, ``[B]`` int64; ``num_classes`` means "no class".
+            label: class of each row, ``[B]`` int64; ``num_classes`` means "no class". Not read if there are none.
             guidance: weight of the conditional output, 1 + w, ``[B]`` float32; only with ``guidance_embedding``.
 
         Returns:
             The raw output F, shape of ``x``.
         """
-        emb = self.level(waves(t)) + self.label(label)
+        emb = self.level(waves(t))
+        if self.config.takes_label:
+            emb = emb + self.label(label)
         if guidance is not None:
             emb = emb + self.guidance(guidance)
         emb = F.silu(emb)

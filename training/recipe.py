@@ -108,8 +108,8 @@ class Student:
 
     def __post_init__(self) -> None:
         check("student", self)
-        if not self.sigma_floor < self.sigma_min <= self.sigma_max:
-            raise RecipeError("[student] needs sigma_floor < sigma_min <= sigma_max")
+        if not self.sigma_floor < self.sigma_min < self.sigma_max:
+            raise RecipeError("[student] needs sigma_floor < sigma_min < sigma_max")
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ class ParameterMatching(Student):
 
     method: str = "parameter-moment-matching"
     source: Literal["data", "backward"] = "data"
+    guidance: float = setting(0.0, least=0, most=0)  # a guided teacher is at no minimum of a loss of its own
     weight_power: float = setting(0.5, least=0, most=1)
     moment_images: int = setting(12_800, least=1)  # that the teacher's second moments are averaged over
 
@@ -228,8 +229,19 @@ class Dkdm(Student):
     order: Literal["dynamic", "shuffled", "iterative"] = "dynamic"
     pool: int = setting(2_048, least=1)  # latents kept, in the dynamic order; over all processes
     chain_steps: int = setting(64, least=2)  # of the teacher
-    conditional: bool = True
+    conditional: bool = True  # whether teacher and student are told a class
     network: Network | None = None  # the student's; the teacher's if left out
+
+    def __post_init__(self) -> None:
+        Student.__post_init__(self)
+        if self.order == "dynamic" and self.pool < self.batch:
+            raise RecipeError(f"[student] pool = {self.pool} should be at least batch = {self.batch}")
+        if not self.conditional and self.guidance != 0:
+            raise RecipeError(f"[student] guidance = {self.guidance:g} is towards a class; of none, give 0")
+        if not self.conditional and self.network is not None and self.network.folder is not None:
+            raise RecipeError(
+                "[student.network] a network of diffusers is told what its folder says: conditional = true"
+            )
 
 
 @dataclass(frozen=True)
@@ -375,6 +387,7 @@ def check(table: str, values: Any) -> None:
             continue
         if (least is not None and not value >= least) or (most is not None and not value <= most):
             bounds = f"between {least:g} and {most:g}" if most is not None else f"at least {least:g}"
+            bounds = f"{least:g}" if least == most else bounds
             raise RecipeError(f"{place} = {value!r} should be {bounds}")
 
 

@@ -35,7 +35,7 @@ from .images import Images, load_images, to_float
 from .loop import generator
 from .methods import method_of
 from .recipe import Recipe, recipe_from
-from .sampling import sample, ve_levels
+from .sampling import sample, student_levels
 
 MOST = 2_000  # images in the figures that compare all pairs
 
@@ -49,7 +49,7 @@ class Figures:
     sliced_wasserstein: float
     precision: float
     recall: float
-    class_accuracy: float
+    class_accuracy: float | None  # of a network that is told a class
     memorisation: float
     rmse_to_teacher: float | None = None
 
@@ -121,12 +121,14 @@ def evaluate(
         for count in counts:
             tableau, run = _of_checkpoint(checkpoint, solver, count, guidance)
             tables.append((tableau, run, _teacher_beside(path, checkpoint, tableau, guidance)))
+        is_told = checkpoint.network.config.takes_label
     else:
         bundle = Bundle.load(str(source))
         recipe, name = _recipe_of(bundle), bundle.name
         for count in counts:
             tableau = bundle.tableau(solver, count)
             tables.append((tableau, _of_bundle(bundle, tableau, guidance, precision), None))
+        is_told = bundle.manifest.labels is not None
         place = classifier or Path(f"{bundle.name}-classifier.safetensors")
     images = load_images(recipe.data.source, data or recipe.data.path, recipe.data.class_names)
     examiner = Examiner.of(images, make_judge(images, place, recipe.evaluation.classifier_images, recipe.seed))
@@ -135,6 +137,8 @@ def evaluate(
     reports = []
     for tableau, run, teacher in tables:
         scored = [examiner.figures(run(seed, label), label, teacher and teacher(seed, label)) for seed in range(seeds)]
+        if not is_told:
+            scored = [replace(figures, class_accuracy=None) for figures in scored]
         report = Report(
             name, tableau.name, tableau.num_steps, guidance, precision, samples, seeds,
             over(scored, np.mean), over(scored, np.std), floor, features, examiner.accuracy(),
@@ -225,11 +229,9 @@ def _of_checkpoint(
 ) -> tuple[Tableau, Sampler]:
     method = method_of(checkpoint.recipe.student)
     if checkpoint.kind == "teacher":
-        solver, levels = solver or "dpmpp_2m", karras(num_steps or 16, 0.01, 40.0)
+        solver, levels = solver or "dpmpp_2m", karras(num_steps or 16, 0.01, checkpoint.recipe.student.sigma_max)
     else:
-        solver, levels = solver or method.solvers[0], ve_levels(checkpoint.sigmas)
-        if num_steps not in (None, len(checkpoint.sigmas)):
-            levels = karras(int(num_steps or 0), checkpoint.sigmas[-1], checkpoint.sigmas[0])
+        solver, levels = solver or method.solvers[0], student_levels(checkpoint, num_steps)
     if solver not in SOLVERS:
         raise CheckpointError(f"{solver}: no such solver; there are {', '.join(SOLVERS)}")
     tableau, denoiser = SOLVERS[solver](levels), _denoiser(checkpoint, guidance)

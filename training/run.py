@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from rich.console import Console
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
@@ -45,7 +45,7 @@ from .images import Images, load_images, to_float
 from .loop import Plan, TrainingError, generator, train_plan
 from .methods import method_of
 from .network import NetworkConfig, channels_last
-from .recipe import Guided, Recipe, RecipeError, Student
+from .recipe import Dkdm, Guided, Recipe, RecipeError, Student
 from .sampling import sample, save_grid, ve_levels
 from .teacher import teacher_plan
 
@@ -153,6 +153,8 @@ def refuse_misuse(settings: Student, config: NetworkConfig) -> None:
         raise RecipeError(f"[student] sigma_floor = {floor}")
     if not config.takes_label and settings.guidance != 0:
         raise RecipeError(f"[student] guidance = {settings.guidance:g}, but the network takes no class; give 0")
+    if isinstance(settings, Dkdm) and not settings.conditional and settings.network is None and config.takes_label:
+        raise RecipeError("[student] conditional = false needs a [student.network]; the teacher's is told a class")
     if isinstance(settings, Guided):
         raise RecipeError("[student] method = 'guided' adds an input, which networks of diffusers do not have")
 
@@ -194,7 +196,10 @@ def _work(rank: int, recipe: Recipe, out: Path, images: Images, precision: str, 
 
 def _stages(cpu: bool, recipe: Recipe, out: Path, images: Images, precision: str, until: Part, quiet: bool) -> None:
     AcceleratorState._reset_state()  # else a process is held to its first precision
-    accelerator = Accelerator(cpu=cpu, mixed_precision=MIXED_PRECISION[precision])
+    # No buffer here changes; were they sent around at every call, processes that call a student for other numbers of
+    # steps of its own would wait for each other for ever.
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=MIXED_PRECISION[precision], kwargs_handlers=[parallel])
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process)
     run = Run(recipe, out, images, accelerator, console)
     last = PARTS.index(until)
@@ -309,6 +314,9 @@ class Run:
                 self._save(path, kind, network, sigmas, guidance, plan.steps * plan.batch)
             self.accelerator.wait_for_everyone()
         checkpoint = load_checkpoint(path)
+        if (checkpoint.kind, checkpoint.sigmas) != (kind, sigmas):
+            theirs = f"a {checkpoint.kind} of {len(checkpoint.sigmas)} steps" if checkpoint.sigmas else "a teacher"
+            raise TrainingError(f"{path}: is {theirs}, and not what the run calls {name}; move it away")
         differences = self.recipe.differences(checkpoint.recipe.text, student=kind == "student")
         if differences:
             raise TrainingError(f"{path}: made by another recipe ({'; '.join(differences[:3])}); use another folder")

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..runtime.schedules import COSINE, EDM, Levels, straight
+from ..runtime.schedules import COSINE, EDM, Levels, karras, straight
 from ..runtime.tableau import Tableau
+from .checkpoint import Checkpoint
 from .denoiser import Predictor
 from .network import NetworkConfig
 
@@ -73,6 +74,17 @@ def ve_levels(sigmas: Sequence[float]) -> Levels:
     """Levels on the path ``alpha = 1``, noisiest first, with clean data behind them."""
     sigma = np.array(sigmas)
     return Levels(np.ones(len(sigma) + 1), np.append(sigma, 0.0), np.log(sigma) / 4, schedule=EDM)
+
+
+def student_levels(checkpoint: Checkpoint, num_steps: int | None = None) -> Levels:
+    """Levels to sample a student on: its own, or its range cut into another number of steps.
+
+    A student of one step has no range of its own; that of its recipe is cut.
+    """
+    own, settings = checkpoint.sigmas, checkpoint.recipe.student
+    if num_steps in (None, len(own)):
+        return ve_levels(own)
+    return karras(int(num_steps or 0), own[-1] if len(own) > 1 else settings.sigma_min, own[0])
 
 
 def on_path(levels: Levels, config: NetworkConfig) -> Levels:

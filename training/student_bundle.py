@@ -24,7 +24,7 @@ from ..runtime.solvers import SOLVERS, ddim, dpmpp_2m, ipndm, unipc
 from .checkpoint import Checkpoint, load_checkpoint
 from .methods import method_of
 from .recipe import Guided as GuidedStudent
-from .sampling import on_path, ve_levels
+from .sampling import on_path, student_levels
 
 STEPS = (1, 2, 3, 4, 6, 8)  # how many a student is offered with, beside its own number
 
@@ -135,10 +135,10 @@ def _tables(checkpoint: Checkpoint) -> Iterable[Tableau]:
             if steps <= 16:
                 yield from (ipndm(levels, 2), ipndm(levels, 3), unipc(levels, 2))
         return
-    own, sigma_max, sigma_min = len(checkpoint.sigmas), checkpoint.sigmas[0], checkpoint.sigmas[-1]
+    own = len(checkpoint.sigmas)
     other = STEPS if method_of(checkpoint.recipe.student).any_steps else ()
     for steps in sorted({*other, own}):
-        levels = ve_levels(checkpoint.sigmas) if steps == own else karras(steps, sigma_min, sigma_max)
+        levels = student_levels(checkpoint, steps)
         for solver in _solvers(checkpoint):
             if steps > 2 or solver != "dpmpp_2m" or steps == own:
                 yield SOLVERS[solver](on_path(levels, config))

@@ -51,7 +51,8 @@ class Transformer(nn.Module):
         channels, cell = 2 * config.channels, config.patch**2
         self.grid = (height // config.patch, width // config.patch)
         self.level = nn.Sequential(nn.Linear(32, channels), nn.SiLU(), nn.Linear(channels, channels))
-        self.label = nn.Embedding(config.num_classes + 1, channels)
+        if config.takes_label:
+            self.label = nn.Embedding(config.num_classes + 1, channels)
         if config.guidance_embedding:
             self.guidance = GuidanceEmbedding(channels)
         self.patch = nn.Linear(image * cell, channels)
@@ -62,9 +63,11 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
         """Run the network; see `UNet.forward`."""
-        emb = self.level(waves(t)) + self.label(label)
+        emb = self.level(waves(t))
+        if self.config.takes_label:
+            emb = emb + self.label(label)
         if guidance is not None:
             emb = emb + self.guidance(guidance)
         emb = F.silu(emb)
