@@ -10,6 +10,7 @@ A TensorRT plan runs with the TensorRT that built it, on the GPU it was built fo
 written with the configuration, and the command that makes the plan of it where it is to run: `plan_command`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +174,18 @@ def _cases(bundle: Bundle, tableau: Tableau, graph: Path) -> dict[str, NDArray[A
     off = int(np.abs(images.astype(int) - pixels.astype(int)).max())
     if off > 1:
         raise RepositoryError(f"{bundle.name}: the sampler's graph is off by up to {off} of 255; it was not written")
-    return {name: array if array.ndim > 1 else array[:, None] for name, array in given.items()} | {"IMAGE": pixels}
+    return triton_inputs(given) | {"IMAGE": pixels}
 
 
 def graph_inputs(bundle: Bundle, tableau: Tableau, requests: list[Request]) -> dict[str, NDArray[Any]]:
     """What the graph is fed for requests, by the names of its inputs and without Triton's extra dimension."""
     given = request_inputs(bundle, tableau, requests)
     return {_INPUTS[name]: array for name, array in given.items() if name != "table"}
+
+
+def triton_inputs(given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The same as Triton's clients send it: one number for each row is a column there."""
+    return {name: array if array.ndim > 1 else array[:, None] for name, array in given.items()}
 
 
 def _warm_up(model: onnx.ModelProto, rows: int) -> dict[str, Any]:

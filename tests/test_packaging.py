@@ -1,5 +1,6 @@
 """What is shipped: the wheel and the source archive hold the package, all of it and nothing else, and they install."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -152,6 +153,14 @@ def test_the_pins_fit_what_the_package_asks_for() -> None:
         asked = Requirement(text)
         if asked.name != "fewstep":
             assert asked.specifier.contains(pins[asked.name.lower().replace("_", "-")]), text
+
+
+def test_what_pip_would_install_is_what_these_tests_run_on(wheel: Path) -> None:
+    """As `pip install 'fewstep[ray]'` resolves it, dependencies of dependencies too; without an index or a download."""
+    options = ("--dry-run", "--quiet", "--no-index", "--disable-pip-version-check", "--report", "-")
+    wanted = f"fewstep[bench,client,export,otel,ray,train] @ {wheel.as_uri()}"
+    told = run(sys.executable, "-m", "pip", "install", *options, wanted, cwd=wheel.parent)
+    assert [one["metadata"]["name"] for one in json.loads(told)["install"]] in ([], ["fewstep"])
 
 
 def write_wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> None:

@@ -16,6 +16,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -39,8 +40,9 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fewstep.cli import main
+from fewstep.deploy import triton_server
 from fewstep.deploy.perf_analyzer import perf_analyzer, without_sequences
-from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
+from fewstep.deploy.triton_graph import graph_inputs, triton_inputs, write_graph_model
 from fewstep.deploy.triton_repository import VARIANTS, RepositoryError, Variant, write_model
 from fewstep.deploy.triton_server import (
     Environment,
@@ -548,8 +550,8 @@ def test_a_graph_on_a_server_with_a_backend_for_it_gives_the_engines_pixels(
                 images = []
                 for i, rows in ((0, 16), (16, 15), (31, 1)):
                     given = []
-                    for name, array in graph_inputs(bundle, tableau, requests[i : i + rows]).items():
-                        array = array if array.ndim > 1 else array[:, None]
+                    of_rows = triton_inputs(graph_inputs(bundle, tableau, requests[i : i + rows]))
+                    for name, array in of_rows.items():
                         one = module.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
                         one.set_data_from_numpy(array)
                         given.append(one)
@@ -968,6 +970,47 @@ def with_python_alone(environment: Environment, folder: Path) -> Environment:
     for name in ("python", "ready", "backends/python"):
         (folder / name).symlink_to(environment.folder / name)
     return Environment(folder)
+
+
+def test_setup_installs_a_server_whole_or_not_at_all(
+    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By pip, from a wheel of the real server's Python backend alone: the others are hundreds of megabytes."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = environment.folder / "python" / "lib" / version / "site-packages"
+    server = packages / "pytriton" / "tritonserver"
+    stub = server / "python_backend_stubs" / version.removeprefix("python") / "triton_python_backend_stub"
+    files = [stub, *(path for path in (server / "backends" / "python").iterdir() if path.is_file())]
+    about = "nvidia_pytriton-0.7.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "nvidia_pytriton-0.7.0-py3-none-any.whl", "w") as wheel:
+        for path in files:
+            wheel.write(path, path.relative_to(packages))
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: nvidia-pytriton\nVersion: 0.7.0\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        names = [*(path.relative_to(packages) for path in files), f"{about}/METADATA", f"{about}/WHEEL"]
+        wheel.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in [*names, f"{about}/RECORD"]))
+    requirements = tmp_path / "triton-requirements.txt"
+    requirements.write_text("nvidia-pytriton==0.7.0\n")
+    monkeypatch.setattr(triton_server, "_REQUIREMENTS", requirements)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    made = Environment(tmp_path / "cache" / "triton")
+    made.folder.mkdir(parents=True)
+    (made.folder / "ready").write_text("of another release of fewstep")
+    made.make()
+    assert made.is_ready
+    assert made.has_backend("python")
+    assert os.access(made.folder / "backends" / "python" / stub.name, os.X_OK)
+    with pytest.raises(TritonError, match=r"python: ModuleNotFoundError: No module named 'numpy'; make it again: "):
+        made.refuse_unready()
+    there = made.folder.stat().st_ino
+    made.make()  # nothing is done
+
+    requirements.write_text("nvidia-pytriton==0.8.0\n")
+    with pytest.raises(TritonError, match=r"^triton-requirements.txt cannot be installed: ERROR: .*nvidia-pytriton"):
+        made.make()
+    assert made.folder.stat().st_ino == there
+    assert [path.name for path in made.folder.parent.iterdir()] == ["triton"]
 
 
 def test_numpy_2_is_refused_by_the_check_and_by_triton(environment: Environment, spoilt: Path, tmp_path: Path) -> None:
