@@ -155,13 +155,13 @@ def test_a_reload_loses_no_work_from_the_metrics(make_bundle: Callable[..., Path
         f"nv_inference_request_success{{{of}}}",
         'fewstep_waiting_samples{model="digits",priority="%d",version="1"}',
     )
-    settings = Settings(bundles=(str(make_bundle()),), threads=1, simulate="50+0", max_rows=2)
+    settings = Settings(bundles=(str(make_bundle()),), threads=1, simulate="100+0", max_rows=2)
     with TestClient(create_app(Service(settings))) as client:
         assert told(client)[line % 0] == 0
         asked = {"prompt": "1", "n": 12, "solver": "ddim", "num_inference_steps": 2, "priority": 3}
         assert client.post("/v1/jobs", json=asked).status_code == 202
         while told(client)[running[1]] == 0:
-            pass
+            time.sleep(0.01)
         client.post(LOAD).raise_for_status()
         after = told(client)
         assert 8 <= sum(after[part] for part in (*running, success)) <= 12  # they move on while they are read
