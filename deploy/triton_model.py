@@ -13,6 +13,7 @@ two, without them for sequences.
 
 import base64
 import json
+import logging
 import os
 import queue
 import threading
@@ -30,6 +31,8 @@ from ..runtime import Bundle, Engine, EngineThread, Preview, RequestError, Sampl
 from ..runtime.backends import BackendError
 from ..runtime.call import INPUTS, NAMES, CallError, in_words, outputs_of, requests_of
 from ..runtime.gpu_backends import backend_on
+
+log = logging.getLogger("fewstep")
 
 _CANCEL_S = 0.1  # between looks at whether clients went away; a look is a question to Triton's other process
 _FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -80,20 +83,25 @@ class Call:
     def answer(self) -> Any:
         """All images as one response."""
         try:
-            samples = [future.result() for future in self.futures]
+            return self._response([future.result() for future in self.futures], 0)
         except BaseException as error:
             return _refusal(error)
-        return self._response(samples, 0)
 
     def end(self, i: int) -> Any:
         """One image that came to its end, as a response of its own."""
         try:
-            return self.event(i, self.futures[i].result())
+            return self._event(i, self.futures[i].result())
         except BaseException as error:
             return _refusal(error)
 
-    def event(self, i: int, image: Preview | Sample) -> Any:
-        """One image or preview as a response of its own."""
+    def preview(self, i: int, preview: Preview) -> Any:
+        """A preview as a response of its own."""
+        try:
+            return self._event(i, preview)
+        except Exception as error:
+            return _refusal(error)
+
+    def _event(self, i: int, image: Preview | Sample) -> Any:
         step = image.step if isinstance(image, Preview) else image.num_steps
         extra = {
             "INDEX": np.array([[i]], np.int32),
@@ -150,7 +158,7 @@ class Student:
         """A request understood, or the response that refuses it."""
         try:
             return Call(self, request)
-        except CallError as error:
+        except Exception as error:  # one that left execute() would end all calls of the batch, with a traceback each
             return _refusal(error)
 
     def submit(self, call: Call) -> Any | None:
@@ -219,7 +227,7 @@ class Inflight:
 
         def on_preview(i: int, _: int, preview: Preview) -> None:
             if call.wants(preview):
-                self._ended.put((sender, partial(call.event, i, preview), False))
+                self._ended.put((sender, partial(call.preview, i, preview), False))
 
         def on_end(i: int, future: Future[Sample]) -> None:
             nonlocal unfinished
@@ -358,7 +366,7 @@ def _show(call: Call, sender: Any) -> None:
     previews, call.previews = call.previews, []
     for i, preview in previews:
         if call.wants(preview):
-            sender.send(call.event(i, preview))
+            sender.send(call.preview(i, preview))
 
 
 def _finish(refusal: Any | None, call: Any, sender: Any) -> None:
@@ -379,7 +387,9 @@ def _refusal(error: BaseException) -> Any:
     if isinstance(error, ValueError):  # the call is wrong, or does not fit the student
         field = error.field if isinstance(error, CallError) else message.partition(":")[0]
         return pb.InferenceResponse(error=codes(in_words(message, field, NAMES), codes.INVALID_ARG))
-    if isinstance(error, StepFailed):  # the engine has logged what was raised
+    if isinstance(error, StepFailed) or not isinstance(error, RequestError):
         message = "the server failed on this request; Triton's log says why"
+    if not isinstance(error, RequestError):
+        log.error("an error that was not foreseen", exc_info=error)
     is_busy = isinstance(error, RequestError) and not isinstance(error, SampleFailed)  # late, or no room
     return pb.InferenceResponse(error=codes(message, codes.UNAVAILABLE if is_busy else codes.INTERNAL))

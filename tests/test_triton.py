@@ -929,6 +929,23 @@ def test_a_repository_without_models_is_refused(tmp_path: Path) -> None:
         read_repository(tmp_path)
 
 
+FRAGILE = """
+reading, writing = requests_of, outputs_of
+
+
+def requests_of(engine, tensors, parameters, limit):
+    if 13 in tensors["SEED"]:
+        raise RuntimeError("secret of reading")
+    return reading(engine, tensors, parameters, limit)
+
+
+def outputs_of(images, seeds, names):
+    if 14 in seeds:
+        raise RuntimeError("secret of writing")
+    return writing(images, seeds, names)
+"""
+
+
 def test_triton_says_of_each_bad_model_in_one_line_what_is_wrong_and_serves_the_good_one(
     environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -940,10 +957,20 @@ def test_triton_says_of_each_bad_model_in_one_line_what_is_wrong_and_serves_the_
     write_model(bundle, folder, name="good", threads=1)
     for name, (spoil, _, _) in SPOILT.items():
         spoil(write_model(bundle, folder, name=name))
+    with (write_model(bundle, folder, name="fragile") / "1" / "fewstep/deploy/triton_model.py").open("a") as model:
+        model.write(FRAGILE)
     on = ["--strict-readiness=false", "--exit-on-error=false"]
     with running(environment, folder, tmp_path / "log", arguments=on) as (http, _):
         assert over_http(http, "good", {"LABEL": 3}).shape == (8, 8, 1)
+        for seed in (13, 14):  # what was not foreseen is told in a neutral line, and the model goes on
+            with pytest.raises(
+                InferenceServerException, match=r"server failed on this request; Triton's log says wh"
+            ) as caught:
+                over_http(http, "fragile", {"SEED": seed})
+            assert "secret" not in str(caught.value)
+        assert over_http(http, "fragile", {"SEED": 15}).shape == (8, 8, 1)
         log = (tmp_path / "log").read_text()
+    assert all(f"RuntimeError: secret of {what}" in log for what in ("reading", "writing"))
     told = [line.partition("] ")[2].strip('"') for line in log.splitlines() if line.startswith("E")]
     told = [line.partition("\\n")[0] for line in told if "failed to load" in line or "Poll failed" in line]
     told = [line for line in told if "failed to load all models" not in line]
