@@ -178,7 +178,7 @@ def bench_run(
     _need_bench()
     _refuse_unwritable(json=json, html=html)
     from .bench.page import save_page
-    from .bench.report import save, show
+    from .bench.report import check_added, save, show
     from .bench.run import address_of, bench
     from .bench.workload import workload
 
@@ -189,12 +189,20 @@ def bench_run(
         mix, clients=clients, rate=rate, arrivals=arrivals, burst=burst, deadline_ms=deadline_ms, warmup_s=warmup,
         seconds=seconds, seed=seed,
     )  # fmt: skip
-    made = bench(address, load, timeout_s=timeout, metrics=metrics, server_pid=server_pid)
+    if append:
+        check_added(json, load)
+    made = bench(
+        address, load, timeout_s=timeout, metrics=metrics, server_pid=server_pid, ends_on_interrupt=True
+    )  # fmt: skip
     show(made)
-    if json is not None:
-        save(json, made, is_added=append)
-    if html is not None:
-        save_page(html, made)
+    try:
+        if json is not None:
+            save(json, made, is_added=append)
+    finally:
+        if html is not None:
+            save_page(html, made)
+    if made["interrupted"]:
+        raise SystemExit(130)
 
 
 @benchmarks.command("compare")

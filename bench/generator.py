@@ -7,6 +7,7 @@ event loops count in milliseconds.
 
 import asyncio
 import contextlib
+import errno
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from .targets import About, Address, InProcessTarget, Target, target_of
 from .workload import Workload
 
 MAX_IN_FLIGHT = 4096  # of the open loop; what comes above is an error, "not sent"
+PATIENCE_S = 5.0  # with what is under way when the load is told to end
+NOT_WAITED = "not waited for"
 NOT_SENT = "not sent: too many in flight"
 SLICES = 20  # of the time on the clock; what comparisons resample
 # Refusals of the moment, not of the request: by status over HTTP, by code over gRPC, by class in this process.
@@ -50,10 +53,15 @@ class Records:
     errors: tuple[str, ...]
     cpu_share: float  # of one core, of this process, on the clock
     counts: Counts | None  # in-process: of the engine, on the clock
+    slices: int = SLICES  # that went by; fewer when the load was told to end
 
 
 def generate(plan: Plan, parent: Connection) -> None:
-    """The process: tells ``parent`` the target, then how it goes, then the records. Ends with it."""
+    """The process: tells ``parent`` the target, then how it goes, then the records. Ends with it.
+
+    A word from ``parent`` ends the load early: nothing more is sent, and what is under way is waited for.
+    """
+    _allow_many_files()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             parent.send(("done", runner.run(_Load(plan, parent).run())))
@@ -66,12 +74,36 @@ def generate(plan: Plan, parent: Connection) -> None:
             parent.send(("failed", message))
 
 
+def _allow_many_files() -> None:
+    """A connection is a file, and the usual limit of 1,024 is below what an open loop may have under way."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _loop_factory() -> Any:
     try:
         import uvloop
     except ImportError:  # Windows
         return None
     return uvloop.new_event_loop
+
+
+# What a client may hear at once, however often it asks.
+_GONE = {"connection refused", "disconnected", "UNAVAILABLE"}
+
+
+def _named(failure: OSError) -> str:
+    """What a failed connection is called in a report; without addresses, so that like ones are counted together."""
+    if isinstance(failure, ConnectionRefusedError):
+        return "connection refused"
+    if failure.errno in (errno.EMFILE, errno.ENFILE):
+        return "not sent: too many open files"
+    return "disconnected"
 
 
 class _Load:
@@ -83,6 +115,8 @@ class _Load:
         self._error_of: dict[str, int] = {}
         self._in_flight = 0
         self._target: Target = target_of(plan.address)
+        self._all_sent = asyncio.Event()
+        self._is_ending = False
         self._start_s = 0.0
         self._end_s = plan.workload.warmup_s + plan.workload.seconds
 
@@ -92,16 +126,13 @@ class _Load:
             await self._try_each_kind()
             self._parent.send(("about", self._target.about))
             self._start_s = time.perf_counter()
-            clock = asyncio.ensure_future(self._clock())
-            load = self._open_loop() if self._plan.workload.loop == "open" else self._closed_loop()
-            await load
-            cpu_share, counts = await clock
+            cpu_share, counts, slices = await self._load_by_the_clock()
         finally:
             await self._target.close()
         columns = zip(*self._records, strict=True) if self._records else ([], [], [], [], [])
         kind, meant, sent, done, error = (np.array(column) for column in columns)
         kind, error, errors = kind.astype(np.int64), error.astype(np.int64), tuple(self._error_of)
-        return Records(kind, meant, sent, done, error, errors, cpu_share, counts)
+        return Records(kind, meant, sent, done, error, errors, cpu_share, counts, slices)
 
     async def _try_each_kind(self) -> None:
         """One request of each kind before the clock: a mix that cannot be served measures nothing."""
@@ -116,6 +147,23 @@ class _Load:
             if error is not None and error not in _FOR_NOW:
                 told = f"{error}: {self._target.detail}" if self._target.detail else error
                 raise BenchError(f"a request of kind {kind.name!r} fails: {told}")
+
+    async def _load_by_the_clock(self) -> tuple[float, Counts | None, int]:
+        """The load, until it is over or the parent says that it is."""
+        clock = asyncio.ensure_future(self._clock())
+        load = asyncio.ensure_future(self._open_loop() if self._plan.workload.loop == "open" else self._closed_loop())
+        while not (clock.done() and load.done()):
+            await asyncio.wait((clock, load), timeout=0.1, return_when=asyncio.FIRST_EXCEPTION)
+            for task in (clock, load):
+                if task.done() and not task.cancelled():
+                    task.result()
+            if self._parent.poll():
+                self._parent.recv()
+                self._is_ending, self._end_s = True, self._now()
+                self._all_sent.set()
+            if self._is_ending and self._now() > self._end_s + PATIENCE_S:
+                load.cancel()
+        return clock.result()
 
     # --- the two loops
 
@@ -137,9 +185,10 @@ class _Load:
         loop = asyncio.get_running_loop()
         times, kinds = (array.tolist() for array in self._plan.workload.schedule())
         tasks: set[asyncio.Task[None]] = set()
-        all_sent = asyncio.Event()
 
         def launch(number: int) -> None:
+            if times[number] >= self._end_s:  # told to end meanwhile
+                return
             if self._in_flight >= MAX_IN_FLIGHT:
                 self._record(kinds[number], times[number], self._now(), self._now(), NOT_SENT)
                 return
@@ -154,10 +203,10 @@ class _Load:
                     if wait_s > 0:
                         time.sleep(wait_s)
                     loop.call_soon_threadsafe(launch, number)
-                loop.call_soon_threadsafe(all_sent.set)
+                loop.call_soon_threadsafe(self._all_sent.set)
 
         threading.Thread(target=pace, daemon=True).start()
-        await all_sent.wait()
+        await self._all_sent.wait()
         if tasks:
             await asyncio.gather(*tasks)
 
@@ -169,13 +218,15 @@ class _Load:
                 error = await self._target.send(self._kinds[kind], number)
         except TimeoutError:
             error = "timeout"
-        except ConnectionRefusedError:
-            error = "connection refused"
-            await asyncio.sleep(0.01)
-        except OSError:
-            error = "disconnected"
+        except OSError as failure:
+            error = _named(failure)
+        except asyncio.CancelledError:
+            self._record(kind, meant_s, sent_s, self._now(), NOT_WAITED)
+            raise
         finally:
             self._in_flight -= 1
+        if error in _GONE and self._plan.workload.loop == "closed":
+            await asyncio.sleep(0.01)  # else a client that nobody answers asks for all it is worth
         self._record(kind, meant_s, sent_s, self._now(), error)
 
     def _record(self, kind: int, meant_s: float, sent_s: float, done_s: float, error: str | None) -> None:
@@ -187,23 +238,27 @@ class _Load:
 
     # --- telling
 
-    async def _clock(self) -> tuple[float, Counts | None]:
+    async def _clock(self) -> tuple[float, Counts | None, int]:
         """Tell the parent of each slice's edge, which then looks at the server; and measure this process."""
         workload = self._plan.workload
         edges = workload.warmup_s + np.linspace(0, workload.seconds, SLICES + 1)
-        cpu_s, told = 0.0, 0
+        told, past = 0, 0
+        cpu_s, start_s = 0.0, 0.0
         counts: Counts | None = None
         for number, edge_s in enumerate(edges.tolist()):
-            while (wait_s := edge_s - self._now()) > 0:
+            while (wait_s := edge_s - self._now()) > 0 and not self._is_ending:
                 await asyncio.sleep(min(wait_s, 0.25))
                 self._tell_progress(told)
                 told = len(self._records)
+            if wait_s > 0:
+                break
             self._parent.send(("edge", number))
+            past = number
             if number == 0:
-                cpu_s, counts = time.process_time(), self._counts()
-        cpu_s = time.process_time() - cpu_s
+                cpu_s, start_s, counts = time.process_time(), self._now(), self._counts()
+        cpu_s, took_s = time.process_time() - cpu_s, max(self._now() - start_s, 1e-9)
         after = self._counts()
-        return cpu_s / workload.seconds, after.since(counts) if after and counts else None
+        return cpu_s / took_s, after.since(counts) if after and counts else None, past
 
     def _counts(self) -> Counts | None:
         return self._target.counts if isinstance(self._target, InProcessTarget) else None

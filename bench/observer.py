@@ -89,6 +89,13 @@ class ProcessTree:
             raise BenchError(f"--server-pid: {pid}: {type(error).__name__}") from None
         self.pid = pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process itself still runs."""
+        with suppress(psutil.Error):
+            return bool(self._root.is_running() and self._root.status() != psutil.STATUS_ZOMBIE)
+        return False
+
     def cpu_s(self) -> float:
         """CPU time so far, of those that ended too."""
         total = 0.0

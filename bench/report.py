@@ -77,14 +77,17 @@ def round_of(
         server: what `observer` saw: ``pid``, ``memory_mb``, and `Counts.for_report`; each may be None.
         cpu_s: the server's CPU time so far at each edge of a slice.
     """
+    number = records.slices
     start_s, seconds = workload.warmup_s, workload.seconds
-    edges = start_s + np.linspace(0, seconds, SLICES + 1)
+    if number < SLICES:
+        seconds *= number / SLICES
+    edges = start_s + np.linspace(0, seconds, number + 1)
     meant_slice = np.searchsorted(edges, records.meant, "right") - 1
     done_slice = np.searchsorted(edges, records.done, "right") - 1
     is_open = workload.loop == "open"
     # In the closed loop a request sent before the end is part of the load whenever it is answered; both loops count
     # latencies by when requests were meant to be sent, and images by when they came.
-    in_window = (meant_slice >= 0) & (meant_slice < SLICES)
+    in_window = (meant_slice >= 0) & (meant_slice < number)
     latency_ms = 1000 * (records.done - records.meant)
     images = np.array([kind.num_images for kind in workload.kinds])[records.kind]
     steps_of = [kind.fields.get("steps", about.default_steps) for kind in workload.kinds]
@@ -92,10 +95,10 @@ def round_of(
     targets = np.array([kind.target_ms or np.nan for kind in workload.kinds])[records.kind]
     is_ok = records.error < 0
     met = is_ok & (latency_ms <= targets)
-    cpu = _differences(cpu_s)
+    cpu = _differences(cpu_s[: number + 1])
 
     def summary(chosen: NDArray[np.bool_]) -> dict[str, Any]:
-        counted, finished = chosen & in_window, chosen & is_ok & (done_slice >= 0) & (done_slice < SLICES)
+        counted, finished = chosen & in_window, chosen & is_ok & (done_slice >= 0) & (done_slice < number)
         errors = {name: int((counted & (records.error == i)).sum()) for i, name in enumerate(records.errors)}
         answered_ms = latency_ms[counted & is_ok]
         latencies = histogram(answered_ms)
@@ -123,11 +126,11 @@ def round_of(
     total = summary(everything)
     if any(steps is None for steps in steps_of):
         total["sample_steps_per_s"] = None
-    num_images = images[is_ok & (done_slice >= 0) & (done_slice < SLICES)].sum()
+    num_images = images[is_ok & (done_slice >= 0) & (done_slice < number)].sum()
     total_cpu_s = sum(cpu) if cpu and all(part is not None for part in cpu) else None  # type: ignore[arg-type]
     late_ms = 1000 * (records.sent - records.meant)[in_window] if is_open else np.zeros(0)
     slices = []
-    for i in range(SLICES):
+    for i in range(number):
         counted, finished = (meant_slice == i), is_ok & (done_slice == i)
         with_target = counted & ~np.isnan(targets)
         slices.append(
@@ -151,7 +154,8 @@ def round_of(
             "target": address.target or about.model, "protocol": address.protocol, "model": about.model,
             "server": about.server, "simulated": about.simulated, **about.extra,
         },
-        "load": workload.describe(),
+        "load": {**workload.describe(), "seconds": seconds},
+        "interrupted": number < SLICES,
         "generator": {
             "cpu_share": records.cpu_share,
             "late_share": float((late_ms > LATE_MS).mean()) if len(late_ms) else 0.0,
@@ -185,9 +189,10 @@ def machine() -> dict[str, Any]:
 
 def _differences(values: Sequence[float | None]) -> list[float | None]:
     known = [value for value in values if value is not None]
-    if len(known) != SLICES + 1:
+    if len(known) != len(values):  # not seen, or gone meanwhile
         return []
-    return [after - before for before, after in pairwise(known)]
+    found: list[float | None] = [after - before for before, after in pairwise(known)]
+    return found if all(part >= 0 for part in found if part is not None) else []
 
 
 def _percentiles(values_ms: NDArray[np.float64], made: HdrHistogram) -> dict[str, float | None]:
@@ -213,9 +218,32 @@ def save(file: Path, made: Round, *, is_added: bool = False) -> None:
     text = json.dumps({"fewstep_bench": FORMAT, "rounds": [*rounds, made]}, indent=1, ensure_ascii=False)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n", "utf-8")
+        if rounds:  # never between the old rounds and the new ones with neither
+            fresh = file.with_name(f"{file.name}.new")
+            fresh.write_text(text + "\n", "utf-8")
+            fresh.replace(file)
+        else:
+            file.write_text(text + "\n", "utf-8")
     except OSError as error:
         raise BenchError(f"--json: {file}: {error.strerror}") from None
+
+
+def check_added(file: Path | None, workload: Workload) -> None:
+    """Refuse before the load a round that does not belong to those of the file.
+
+    Raises:
+        BenchError: there is no file to add to, it holds no report, or rounds of another load.
+    """
+    if file is None:
+        raise BenchError("--append: adds a round to the file of --json; name one")
+    if not file.exists():
+        return
+    held, asked = load(file)[-1]["load"], json.loads(json.dumps(workload.describe()))
+    for key in sorted((held.keys() | asked.keys()) - {"seconds", "warmup_s", "seed"}):
+        if held.get(key) != asked.get(key):
+            raise BenchError(
+                f"--append: {file} holds rounds of another load: {key} is {held.get(key)} there, {asked.get(key)} here"
+            )
 
 
 def load(file: Path) -> list[Round]:
@@ -233,6 +261,11 @@ def load(file: Path) -> list[Round]:
     if not isinstance(held, dict) or held.get("fewstep_bench") != FORMAT or not held.get("rounds"):
         raise BenchError(f"{file}: is not a report of fewstep bench --json")
     rounds: list[Round] = held["rounds"]
+    whole = ("load", "machine", "target", "total", "kinds", "slices")
+    for number, made in enumerate(rounds, 1):
+        missing = next((part for part in whole if not isinstance(made, dict) or part not in made), None)
+        if missing is not None:
+            raise BenchError(f"{file}: round {number} is not whole: it has no {missing!r}")
     return rounds
 
 
@@ -262,7 +295,7 @@ def facts(made: Round) -> list[tuple[str, str]]:
         who = (
             "this process, with its load" if generator["is_in_process"] else f"process {server['pid']} and its children"
         )
-        share = f"{server['cpu_share']:.2f} cores; {server['memory_mb']:.0f} MB resident"
+        share = f"{server['cpu_share']:.2f} cores; {server['memory_mb'] or 0:.0f} MB resident"
         rows.append(("server CPU", f"{server['cpu_ms_per_image']:.3f} ms an image ({who}; {share})"))
     failed = sum(total["errors"].values())
     kinds = ", ".join(f"{number} x {name}" for name, number in total["errors"].items())
@@ -277,6 +310,11 @@ def warnings_of(made: Round) -> list[str]:
     """What a reader must know before believing the figures."""
     load_, generator, total = made["load"], made["generator"], made["total"]
     told = []
+    if made.get("interrupted"):
+        told.append(f"Interrupted: the figures are of the first {load_['seconds']:.3g} s.")
+    if failed := sum(total["errors"].values()):
+        share = f"{100 * failed / total['requests']:.2g} %"
+        told.append(f"{share} of the requests failed; latencies are those of the others.")
     if generator["cpu_share"] > BUSY and not generator["is_in_process"]:
         told.append("The load generator was busy: what is slow may be the load, not the server.")
     if generator["late_share"] > 0.01:
@@ -318,12 +356,14 @@ def for_terminal(made: Round) -> RenderableType:
     for name, text in facts(made):
         grid.add_row(Text(name, "bold"), Text(text))
     title = "Latency in ms, from the time a request was meant to be sent"
-    table = Table(*LATENCY_COLUMNS, title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns:
-        column.no_wrap = column is not table.columns[0]
-        column.justify = "right" if column.no_wrap else "left"
-    for row in latency_rows(made):
-        table.add_row(*row)
+    # A terminal of 80 columns must hold it, the names of the kinds first of all.
+    rows = latency_rows(made)
+    used = [i for i in range(len(LATENCY_COLUMNS)) if any(row[i] for row in rows)]
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=0)
+    for i in used:
+        table.add_column(LATENCY_COLUMNS[i], no_wrap=i > 0, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[i] for i in used))
     return Group(grid, table, *(Text(f"Note: {line}", "yellow") for line in warnings_of(made)))
 
 

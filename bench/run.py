@@ -1,9 +1,12 @@
 """A benchmark from beginning to end: the load in its process, the server watched meanwhile, the report."""
 
 import multiprocessing
+import signal
 import ssl
 import sys
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +30,7 @@ def bench(
     metrics: str | None = None,
     server_pid: int | None = None,
     is_quiet: bool = False,
+    ends_on_interrupt: bool = False,
 ) -> Round:
     """Load a target and measure it.
 
@@ -37,27 +41,50 @@ def bench(
         metrics: URL of its Prometheus metrics; that of its HTTP server when left out.
         server_pid: the server's process, whose children count too; found by its port when left out.
         is_quiet: show no progress.
+        ends_on_interrupt: Ctrl-C ends the load and what was measured so far is returned; a second one leaves at once.
 
     Raises:
         BenchError: it could not be measured.
+        KeyboardInterrupt: without ``ends_on_interrupt``, or before anything was measured.
     """
+    if not timeout_s > 0:
+        raise BenchError(f"--timeout: {timeout_s:g} must be more than 0")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     plan = Plan(address, workload, timeout_s)
     process = context.Process(target=generate, args=(plan, theirs), name="fewstep-bench")
-    process.start()
+    with _interrupts(signal.SIG_IGN):  # the process inherits it: Ctrl-C is this one's to hear
+        process.start()
     theirs.close()
     try:
-        return _Watch(address, workload, metrics, server_pid, process.pid, is_quiet).follow(ours)
+        watch = _Watch(address, workload, metrics, server_pid, process.pid, is_quiet)
+        with _interrupts(lambda *_: watch.interrupt(ours)) if ends_on_interrupt else nullcontext():
+            return watch.follow(ours)
     except EOFError:
         process.join()
         raise BenchError(f"the load generator ended with status {process.exitcode}; its message is above") from None
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         ours.close()
         process.join(5)
         if process.is_alive():
             process.terminate()
             process.join()
+
+
+@contextmanager
+def _interrupts(handler: Any) -> Iterator[None]:
+    """What Ctrl-C does meanwhile; as before in any thread but the main one, which alone hears of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def address_of(
@@ -76,7 +103,18 @@ def address_of(
     Raises:
         BenchError: the target and the protocol do not go together.
     """
-    scheme = urlsplit(target).scheme if target and "://" in target else ""
+    scheme = ""
+    if target and "://" in target:
+        try:
+            parts = urlsplit(target)
+            scheme, is_whole = parts.scheme, bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_whole = False
+        if not is_whole:
+            raise BenchError(f"{target}: is no URL of a server; one looks like http://127.0.0.1:8000")
+    for option, number in (("--max-rows", max_rows), ("--threads", threads)):
+        if number is not None and number < 1:
+            raise BenchError(f"{option}: {number} must be at least 1")
     if protocol is not None and protocol not in PROTOCOLS:
         raise BenchError(f"--protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
     if scheme not in ("", "http", "https", "grpc", "grpcs"):
@@ -126,6 +164,15 @@ class _Watch:
             server_pid = listener(address.target)
         self._tree = ProcessTree(server_pid) if server_pid is not None else None
         self._is_quiet = is_quiet or not sys.stderr.isatty()
+        self._edges = 0
+        self._is_interrupted = False
+
+    def interrupt(self, connection: Any) -> None:
+        """End the load, when there is something to report; the second time, or before that, leave."""
+        if self._is_interrupted or self._edges < 2:
+            raise KeyboardInterrupt
+        self._is_interrupted = True
+        connection.send("end")
 
     def follow(self, connection: Any) -> Round:
         """Read what the generator tells until it is done."""
@@ -157,17 +204,22 @@ class _Watch:
                         f", {errors} errors" if errors else ""
                     )
                     name = "Measuring" if now_s > workload.warmup_s else "Warming up"
+                    name = "Ending" if self._is_interrupted else name
                     progress.update(task, description=name, completed=now_s, told=text)
                 elif word == "edge":
-                    cpu_s.append(self._tree.cpu_s() if self._tree else None)
+                    tree = self._tree if self._tree and self._tree.is_alive else None
+                    cpu_s.append(tree.cpu_s() if tree else None)
+                    memory_mb = tree.memory_mb() if tree else None
+                    self._edges = told + 1
                     if told == 0:
                         before = self._counts(about)
                     elif told == SLICES:
                         after = self._counts(about)
-                        memory_mb = self._tree.memory_mb() if self._tree else None
                 elif word == "done":
                     break
         records: Records = told
+        if records.slices < SLICES:
+            after = self._counts(about)
         done = after.since(before) if before is not None and after is not None else records.counts
         server = {
             "pid": self._tree.pid if self._tree else None,

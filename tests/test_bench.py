@@ -6,18 +6,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import free_port
+from rich.console import Console
 
 from fewstep.bench import BenchError, bench
 from fewstep.bench.compare import compare, unlike
 from fewstep.bench.generator import Records
+from fewstep.bench.observer import ProcessTree
 from fewstep.bench.page import page
-from fewstep.bench.report import Round, facts, load, round_of, save, warnings_of
+from fewstep.bench.report import Round, check_added, facts, for_terminal, load, round_of, save, warnings_of
 from fewstep.bench.run import address_of
 from fewstep.bench.targets import About, Address, KserveTarget
 from fewstep.bench.workload import Kind, Workload, parse_mix, workload
@@ -70,6 +73,25 @@ def test_percentiles_of_known_service_times_are_within_2_percent(slow: float, sl
             assert [told["p50"], told["p90"], told["p95"]] == pytest.approx(known, rel=0.02)
             return
     pytest.skip("this machine did not keep to times for four seconds")
+
+
+def test_percentiles_of_known_latencies_are_those() -> None:
+    """Without a machine in between: fixed, bimodal and lognormal latencies, as they went into the records."""
+    load_ = workload(rate=200, arrivals="constant", warmup_s=0, seconds=20)
+    meant, kind = load_.schedule()
+    rng = np.random.default_rng(0)
+    for latency in (
+        np.full(len(meant), 0.05),
+        np.where(rng.random(len(meant)) < 0.25, 0.4, 0.05),
+        rng.lognormal(-3, 0.7, len(meant)),
+    ):
+        records = Records(kind, meant, meant, meant + latency, np.full(len(meant), -1), (), 0.1, None)
+        server = {"pid": None, "memory_mb": None, "rows_per_call": None}
+        made = round_of(Address("http://a", "openai"), About("m"), load_, records, server, [])
+        told = made["total"]["latency_ms"]
+        for percentile in (50, 90, 95, 99):
+            rank = np.sort(latency)[int(np.ceil(percentile / 100 * len(latency))) - 1]
+            assert told[f"p{percentile}"] == pytest.approx(1000 * rank, rel=0.002)
 
 
 def test_a_stalled_server_is_charged_for_all_who_would_have_come() -> None:
@@ -208,6 +230,65 @@ def test_a_server_that_is_not_there_is_one_line() -> None:
         measured("http://127.0.0.1:9", workload(seconds=1))
 
 
+def test_a_server_that_dies_meanwhile_leaves_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was answered before; and nothing is told of a process that is no more."""
+    cpu_s, seen = ProcessTree.cpu_s, []
+    with synthetic(fast=0.01) as (url, end):
+
+        def watching(tree: ProcessTree) -> float:
+            seen.append(tree)
+            if len(seen) == 8:
+                end()
+            return cpu_s(tree)
+
+        monkeypatch.setattr(ProcessTree, "cpu_s", watching)
+        made = measured(url, workload(clients=4, warmup_s=0.2, seconds=2))
+    total = made["total"]
+    assert total["ok"] > 0
+    assert "connection refused" in total["errors"]
+    assert sum(total["errors"].values()) < 4000  # who is refused at once does not ask as fast as it can
+    assert any("of the requests failed" in line for line in warnings_of(made))
+    assert "server CPU" not in dict(facts(made))
+    assert (made["server"]["memory_mb"], made["server"]["cpu_ms_per_image"]) == (None, None)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from fewstep.bench import run
+
+cpu_s, edge, seen = run.ProcessTree.cpu_s, int(sys.argv[1]), []
+
+def watching(tree):
+    seen.append(tree)
+    if len(seen) == edge:
+        os.killpg(0, signal.SIGINT)  # as a terminal does
+    return cpu_s(tree)
+
+run.ProcessTree.cpu_s = watching
+sys.argv[1:] = ["bench", *sys.argv[2:]]
+from fewstep.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("edge", "is_kept"), [(5, True), (1, False)], ids=["measuring", "before"])
+def test_an_interrupted_run_reports_what_it_measured(tmp_path: Path, edge: int, is_kept: bool) -> None:
+    file = tmp_path / "a.json"
+    with synthetic(fast=0.01) as (url, _):
+        options = [url, "--rate", "50", "--seconds", "4", "--warmup", "0", "--json", str(file)]
+        command = [sys.executable, "-c", INTERRUPTED, str(edge), *options]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    assert ended.returncode == 130
+    assert "Traceback" not in ended.stderr
+    assert file.exists() == is_kept
+    if is_kept:
+        made = load_one(file)
+        assert 4 <= len(made["slices"]) < 20
+        assert made["load"]["seconds"] == pytest.approx(0.2 * len(made["slices"]))
+        assert made["total"]["ok"] == made["total"]["requests"] > 0
+        assert "Interrupted: the figures are of the first" in ended.stdout
+
+
 def test_a_generator_that_cannot_keep_up_says_so() -> None:
     """Its own lateness is measured; here it is made to be late."""
     made = fake_round(np.random.default_rng(0), late_ms=30)
@@ -275,6 +356,38 @@ def test_reports_are_kept_round_by_round_and_unlike_loads_are_told(tmp_path: Pat
         load(file)
 
 
+def test_a_round_that_does_not_belong_is_refused_before_the_load(tmp_path: Path) -> None:
+    file, load_ = tmp_path / "a.json", workload(rate=5)
+    check_added(file, load_)  # the first round
+    with pytest.raises(BenchError, match="--append: adds a round to the file of --json; name one"):
+        check_added(None, load_)
+    file.write_text("x")
+    with pytest.raises(BenchError, match="is not a report of fewstep bench --json"):
+        check_added(file, load_)
+    save(file, fake_round(np.random.default_rng(8), seconds=4))
+    with pytest.raises(BenchError, match=r"another load: kinds is .* there, .* here"):
+        check_added(file, load_)
+    file.write_text('{"fewstep_bench": 1, "rounds": [{"load": {}}]}')
+    with pytest.raises(BenchError, match="round 1 is not whole: it has no 'machine'"):
+        load(file)
+
+
+def test_the_report_names_its_kinds_on_a_narrow_terminal() -> None:
+    made = fake_round(np.random.default_rng(9), seconds=4)
+    made["kinds"]["steps=4 solver=ddim target_ms=60"] = made["kinds"].pop("b")
+    made["kinds"]["a"] = {**made["kinds"]["a"], "goodput": {"share": 1.0}}
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(for_terminal(made))
+    lines = console.export_text().splitlines()
+    (head,) = [line.split() for line in lines if "answers" in line and "images/s" in line]
+    assert head == ["kind", "answers", "images/s", "mean", "p50", "p90", "p95", "p99", "p99.9", "max", "in", "time"]
+    names = [line[:14].strip() for line in lines]
+    assert [name for name in names if name in ("a", "steps=4", "solver=ddim", "target_ms=60", "all")] == [
+        "a", "steps=4", "solver=ddim", "target_ms=60", "all"
+    ]  # fmt: skip
+    assert "…" not in "".join(lines)
+
+
 def test_the_page_needs_nothing_from_anywhere() -> None:
     made = fake_round(np.random.default_rng(7), seconds=4)
     text = page(made)
@@ -326,6 +439,9 @@ def test_a_wrong_workload_is_refused_by_its_option(options: dict[str, Any], mess
         ("http://a:1", "in-process", "needs a bundle"),
         ("somewhere", "http", "needs a URL"),
         ("grpcs://a:1", "http", "needs a URL"),
+        ("http://", None, "is no URL of a server"),
+        ("http://[::1", None, "is no URL of a server"),
+        ("http://a:99999", None, "is no URL of a server"),
     ],
 )
 def test_a_target_that_does_not_fit_its_protocol_is_refused(target: str, protocol: str, message: str) -> None:
