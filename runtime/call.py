@@ -154,7 +154,8 @@ def request_of(
         try:
             tableau = engine.tableau(solver, num_steps)
         except ValueError as error:
-            field = "num_steps" if num_steps is not None else "solver"
+            is_there = solver is None or any(name == solver for name, _ in engine.tableaus)
+            field = "num_steps" if num_steps is not None and is_there else "solver"
             raise CallError(f"{field}: {error}", field, "no_such_table") from None
     hooks = hooks_of(dynamic_thresholding, guidance_rescale)
     return Request(seed, tableau, label, guidance, priority, deadline_s, tuple(fallbacks), hooks=hooks)

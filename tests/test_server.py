@@ -200,6 +200,7 @@ def test_health_metrics_page_and_documentation_answer(address: Address) -> None:
         ({"prompt": "1", "max_steps": 0, "deadline_ms": 9}, 400, "max_steps", "greater than or equal to 1"),
         ({"prompt": "1", "min_steps": 9, "deadline_ms": 9}, 400, "min_steps", "ancestral with 9 to 8 steps; it has 1"),
         ({"prompt": "1", "min_steps": 1, "deadline_ms": 9, "solver": "x"}, 400, "solver", "digits has no table for x"),
+        ({"prompt": "1", "num_inference_steps": 4, "solver": "x"}, 400, "solver", "solver: digits has no table for x"),
         (
             {"prompt": "1", "min_steps": 1, "deadline_ms": 9, "num_inference_steps": 4},
             400,
