@@ -72,9 +72,11 @@ class Service:
         self.encoders = Encoders(settings.encoders)
         self._thread = EngineThread(list(self.engines.values()))
         self._tables: TablesFolder | None = None
+        for name in ("tables_folder", "repository"):
+            folder = getattr(settings, name)
+            if folder is not None and not folder.is_dir():
+                raise SettingsError(f"{name}: there is no folder {folder}")
         if settings.tables_folder is not None:
-            if not settings.tables_folder.is_dir():
-                raise SettingsError(f"tables_folder: there is no folder {settings.tables_folder}")
             self._tables = TablesFolder(settings.tables_folder, self.engines, self.changing)
 
     def start(self) -> None:

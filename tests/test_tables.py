@@ -276,9 +276,12 @@ def test_the_folder_is_looked_at_every_second(make_bundle: Callable[..., Path], 
         assert image(client)["tableau_sha256"] == version(4).sha256
 
 
-def test_a_folder_that_is_not_there_is_said_at_the_door(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="tables_folder: there is no folder"):
-        Service(Settings(bundles=(str(make_bundle()),), tables_folder=tmp_path / "nowhere"))
+@pytest.mark.parametrize("name", ["tables_folder", "repository"])
+def test_a_folder_that_is_not_there_is_said_at_the_door(
+    make_bundle: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"{name}: there is no folder"):
+        Service(Settings.model_validate({"bundles": (str(make_bundle()),), name: tmp_path / "nowhere"}))
 
 
 # --- by the command line
