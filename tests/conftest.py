@@ -1,5 +1,6 @@
 """What several test files need: small real students, each exported once a session."""
 
+import http.client
 import json
 import re
 import shutil
@@ -70,6 +71,17 @@ def free_port() -> int:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]
         return port
+
+
+def ask(address: tuple[str, int], method: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
+    """Status and JSON of an answer, on a connection of its own."""
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    headers = {"X-API-Key": key} if key else {}
+    connection.request(method, path, None if body is None else json.dumps(body), headers)
+    answer = connection.getresponse()
+    content = json.loads(answer.read() or b"null")
+    connection.close()
+    return answer.status, content
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import http.client
 import json
 import re
 import resource
@@ -20,7 +19,7 @@ from typing import Any
 import grpc
 import openai
 import pytest
-from conftest import free_port
+from conftest import ask, free_port
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 import fewstep
@@ -31,15 +30,6 @@ from fewstep.runtime.solvers import ddim
 
 Serving = Callable[..., AbstractContextManager[tuple[Any, tuple[str, int]]]]
 ROOT = Path(__file__).parents[1]
-
-
-def ask(address: tuple[str, int], method: str, path: str, body: Any = None) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(*address, timeout=60)
-    connection.request(method, path, None if body is None else json.dumps(body))
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer.status, json.loads(content) if content else None
 
 
 # --- a bundle that cannot be read

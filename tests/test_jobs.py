@@ -1,7 +1,6 @@
 """Jobs, aliases and spans: what is asked for now and fetched later, under which name, and where its time went."""
 
 import asyncio
-import http.client
 import json
 import socket
 import threading
@@ -17,7 +16,7 @@ import openai
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from conftest import free_port
+from conftest import ask, free_port
 from fastapi.testclient import TestClient
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -42,16 +41,6 @@ def address(serving: Serving, make_bundle: Callable[..., Path]) -> Iterator[Addr
         patch.setenv("FEWSTEP_ALIASES", json.dumps({"stable": "digits", "split": {"digits": 3, "digits-guided": 1}}))
         with serving(make_bundle(), make_bundle(is_guided=True), "--max-rows", "1", "--no-grpc") as (_, address):
             yield address
-
-
-def ask(address: Address, method: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(*address, timeout=60)
-    headers = {"X-API-Key": key} if key else {}
-    connection.request(method, path, None if body is None else json.dumps(body), headers)
-    answer = connection.getresponse()
-    content = json.loads(answer.read() or b"null")
-    connection.close()
-    return answer.status, content
 
 
 def finished(address: Address, job: str) -> Any:
