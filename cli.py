@@ -585,6 +585,9 @@ def evaluate(
     if plot is not None and len(parts) < 2:
         _stop("--plot: draws several numbers of steps; give them, such as --steps 1,2,4,8")
     _refuse_unwritable(output=output, plot=plot, makes_folder=False)
+    for option, file in (("--output", output), ("--plot", plot)):
+        if file is not None and not file.parent.is_dir():
+            _stop(f"{option}: there is no folder {file.parent}")
     reports = judge(
         source, [int(part) for part in parts] or [None], data=data, classifier=classifier, solver=solver,
         guidance=guidance, precision=precision, samples=samples, seeds=seeds,
@@ -594,10 +597,11 @@ def evaluate(
         title = (
             f"{report.name}: {report.solver} with {report.num_steps} steps, {report.seeds} x {report.samples} samples"
         )
-        table = Table("", "mean", "sd over seeds", "floor", title=title, title_justify="left")
-        columns = [asdict(part) for part in (report.mean, report.deviation, report.floor)]
+        floor_of = f"floor, {report.floor_samples} images"
+        table = Table("", "mean", "sd over seeds", floor_of, title=title, title_justify="left")
+        columns = [asdict(part) if part else {} for part in (report.mean, report.deviation, report.floor)]
         for name in columns[0]:
-            figures = (f"{column[name]:.4g}" if column[name] is not None else "" for column in columns)
+            figures = (f"{column[name]:.4g}" if column.get(name) is not None else "" for column in columns)
             table.add_row(name.replace("_", " "), *figures)
         console.print(table)
     console.print(f"features: {report.features}, accuracy {report.features_accuracy:.3f} on held-out images")

@@ -186,7 +186,8 @@ class Bench:
         if recipe in self.examiners:
             return self.examiners[recipe]
         settings = load_recipe(recipe)
-        images = load_images(settings.data.source, self.data or settings.data.path, settings.data.class_names)
+        data = self.data if recipe in FASHION_RECIPES else None
+        images = load_images(settings.data.source, data or settings.data.path, settings.data.class_names)
         place = self.runs / f"classifier-{settings.data.source}.safetensors"
         judge = make_judge(images, place, settings.evaluation.classifier_images, 0)
         return self.examiners.setdefault(recipe, Examiner.of(images, judge))

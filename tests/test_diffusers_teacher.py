@@ -66,6 +66,15 @@ def test_folders_that_are_no_teacher_are_refused_by_name(tmp_path: Path) -> None
     diffusers.DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(DiffusersError, match=r"neither a folder unet nor a folder transformer"):
         load_diffusers(tmp_path)
+    saved(tmp_path / "zero", "v_prediction", rescale_betas_zero_snr=True)
+    with pytest.raises(DiffusersError, match=r"rescale_betas_zero_snr, whose last level is noise alone"):
+        load_diffusers(tmp_path / "zero")
+    saved(tmp_path / "flow", "epsilon")
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "flow" / "scheduler")
+    with pytest.raises(
+        DiffusersError, match=r"a FlowMatchEulerDiscreteScheduler has no betas; its levels are not known"
+    ):
+        load_diffusers(tmp_path / "flow")
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(DiffusersError, match=r"is a AutoencoderKL, not one of UNet2DModel"):

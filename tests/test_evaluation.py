@@ -71,6 +71,10 @@ def test_a_checkpoint_and_its_bundle_are_judged_alike(tmp_path: Path) -> None:
     assert ours.mean.rmse_to_teacher < 0.6
     assert served.mean.rmse_to_teacher is None
     assert ours.floor == served.floor
+    assert ours.floor_samples == 400
+    assert ours.deviation is not None
+    one = [evaluate(path, samples=400, seeds=1)[0].mean.frechet_distance, ours.mean.frechet_distance]
+    assert ours.deviation.frechet_distance == pytest.approx(2**0.5 * abs(one[0] - one[1]))  # of two: |x - y| / sqrt(2)
     assert ours.floor.memorisation == pytest.approx(1, abs=0.03)
     assert ours.floor.frechet_distance < 0.2 * ours.mean.frechet_distance
     several = ["--steps", "1,2", "--plot", str(tmp_path / "steps.svg"), "-o", str(tmp_path / "steps.json")]
@@ -84,5 +88,9 @@ def test_a_checkpoint_and_its_bundle_are_judged_alike(tmp_path: Path) -> None:
     ):
         refused = CliRunner().invoke(app, [*asked, "--steps", wrong])
         assert (refused.exit_code, refused.stderr.startswith(f"fewstep: {message}")) == (2, True)
+    with pytest.raises(CheckpointError, match=r"guidance: nan should be a finite number"):
+        evaluate(path, guidance=float("nan"))
+    with pytest.raises(CheckpointError, match=r"student.safetensors: not a classifier of these images"):
+        evaluate(path, classifier=path)
     with pytest.raises(CheckpointError, match=r"guidance: 3; that of this student is fixed at 1"):
         evaluate(path, guidance=3.0)

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from fewstep.runtime.prediction import Prediction
 from fewstep.runtime.schedules import karras
@@ -130,6 +132,59 @@ def test_another_recipe_is_refused_by_the_difference(tmp_path: Path) -> None:
         train(tiny(learning_rate=0.01), tmp_path, until="teacher", quiet=True)
 
 
+def test_a_resume_takes_up_no_damage(tmp_path: Path) -> None:
+    """A state that is not one is named with the remedy; a log's last row, cut by a full disk, is dropped."""
+    state = tmp_path / "teacher" / "state.safetensors"
+    train(tiny(), tmp_path, until="teacher", quiet=True)
+    content = state.read_bytes()
+    (tmp_path / "teacher.safetensors").rename(state)
+    with pytest.raises(TrainingError, match=r"state.safetensors: holds no training of teacher; remove it, and this"):
+        train(tiny(), tmp_path, until="teacher", quiet=True)
+    state.write_bytes(content[: len(content) // 2])
+    with pytest.raises(TrainingError, match=r"state.safetensors: not a readable checkpoint .*; remove it, and this"):
+        train(tiny(), tmp_path, until="teacher", quiet=True)
+    state.write_bytes(content)
+    (state.parent / ".state.safetensors.123").write_bytes(content)  # of a run that was killed while it wrote
+    log = state.parent / "log.csv"
+    before = log.read_bytes()
+    log.write_bytes(before + b"4,16,0.9")
+    train(tiny(), tmp_path, until="teacher", quiet=True)
+    assert log.read_bytes() == before
+    assert not (state.parent / ".state.safetensors.123").exists()
+
+
+@pytest.mark.slow
+def test_no_process_goes_on_without_the_first(tmp_path: Path) -> None:
+    """Killed, it cannot end the others; they would go on unseen, in a folder that the next run takes for its own."""
+    recipe = recipe_file(tmp_path, TINY.replace("images = 2_400", "images = 2_400_000"))
+    command = [sys.executable, "-m", "fewstep.cli", "train", str(recipe), "--processes", "2", "-o", str(tmp_path)]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "teacher" / "log.csv").exists():
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait()
+    _, left = psutil.wait_procs(started, timeout=120)
+    for process in left:
+        process.kill()
+    assert len(started) >= 2
+    assert not left
+
+
+def test_a_process_that_is_killed_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise ProcessExitedException("process 1 terminated with signal SIGKILL", 1, 77, -9, "SIGKILL")
+
+    monkeypatch.setattr("fewstep.training.run.start_processes", end)
+    with pytest.raises(
+        TrainingError, match=r"^process 1 terminated with signal SIGKILL; is memory short\? the same comm"
+    ):
+        train(tiny(), tmp_path, until="teacher", processes=2, quiet=True)
+
+
 def test_students_of_several_seeds_share_a_teacher(tmp_path: Path) -> None:
     """The recipe's seed is the teacher's; a student of another has other losses, one that names the same none."""
     recipe = dataclasses.replace(tiny(), student=dataclasses.replace(tiny().student, images=800, batch=16))
@@ -207,7 +262,10 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
         ('name = "a"\n[student]\nmethod = "dmb"', r"\[student\] method = 'dmb' should be one of 'moment-matching'"),
         ('name = "a"\n[student]\npool = 4', r"\[student\] pool is a setting of 'dkdm', not of 'moment-matching'"),
         ('name = "a"\n[student]\nnum_steps = 0', r"\[student\] num_steps = 0 should be between 1 and 64"),
-        ('name = "a"\n[teacher]\nlearning_rate = nan', r"\[teacher\] learning_rate = nan should be at least 0"),
+        ('name = "a"\n[teacher]\nlearning_rate = nan', r"\[teacher\] learning_rate = nan should be a finite number"),
+        ('name = "a"\n[student]\nsigma_max = inf', r"\[student\] sigma_max = inf should be a finite number"),
+        ('name = "a"\nseed = -1', r"seed = -1 should be between 0 and "),
+        ('name = "a"\n[evaluation]\nstep_counts = [4, 0]', r"\[evaluation\] step_counts = \[4, 0\] should each be bet"),
         ('name = "a"\n[student]\nsigma_min = 50.0', r"\[student\] needs sigma_floor < sigma_min < sigma_max"),
         ('name = "a"\ndata = 3', r"data = 3 should be a table, \[data\]"),
         ("name = ", r"not TOML"),
@@ -267,6 +325,22 @@ def test_bad_data_are_refused_by_the_name_of_the_file(tmp_path: Path) -> None:
         load_images("folder", tmp_path / "folder")
     with pytest.raises(DataError, match=r"needs a path"):
         load_images("npz", None)
+    with pytest.raises(DataError, match=r"a.npz: data source 'digits' .* is read from no file"):
+        load_images("digits", "a.npz")
+    with pytest.raises(DataError, match=r"names.npz: not a folder"):
+        load_images("folder", tmp_path / "names.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "names.npz").read_bytes()[:400])
+    with pytest.raises(DataError, match=r"cut.npz: not a readable .npz file \(File is not a zip file\)"):
+        load_images("npz", tmp_path / "cut.npz")
+    np.savez(tmp_path / "real.npz", x_train=images, y_train=labels / 7, x_test=images, y_test=labels)
+    with pytest.raises(DataError, match=r"real.npz: y_train is float64, not whole numbers"):
+        load_images("npz", tmp_path / "real.npz")
+    np.savez(tmp_path / "none.npz", x_train=images[:0], y_train=labels[:0], x_test=images, y_test=labels)
+    with pytest.raises(DataError, match=r"none.npz: no images"):
+        load_images("npz", tmp_path / "none.npz")
+    np.savez(tmp_path / "black.npz", x_train=images, y_train=labels % 2, x_test=images, y_test=labels % 2)
+    with pytest.raises(DataError, match=r"all pixels are alike"):
+        train(recipe_from({"name": "a", "data": {"path": str(tmp_path / "black.npz")}}), tmp_path / "out", quiet=True)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

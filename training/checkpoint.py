@@ -6,6 +6,7 @@ and renamed, so a kill at any moment leaves the old one or the new one.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -106,11 +107,16 @@ def _config(about: dict[str, Any]) -> NetworkConfig:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and JSON metadata to ``path``, atomically: if it fails, what was there before still is."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, metadata={key: json.dumps(value) for key, value in about.items()}))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, atomically: if it fails, what was there before still is."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         try:
             with temporary.open("wb") as file:
-                file.write(save(plain, metadata={key: json.dumps(value) for key, value in about.items()}))
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -131,7 +137,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = "what was written before is kept: make room and run the same command again"
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
+        kept = f"what was written before is kept: {remedy} and run the same command again"
         raise WriteError(f"{path}: cannot be written ({error.strerror or error}); {kept}") from None
 
 

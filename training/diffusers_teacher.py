@@ -214,7 +214,11 @@ def _place(folder: Path) -> Path:
 def _betas(whose: str | Path, scheduler: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
     if scheduler.get("trained_betas") is not None:
         return np.asarray(scheduler["trained_betas"], np.float64)
-    kind = str(scheduler.get("beta_schedule", "linear"))
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise DiffusersError(f"{whose}: rescale_betas_zero_snr, whose last level is noise alone, is not supported")
+    if "beta_schedule" not in scheduler:
+        raise DiffusersError(f"{whose}: a {scheduler.get('_class_name')} has no betas; its levels are not known")
+    kind = str(scheduler["beta_schedule"])
     if kind not in BETAS:
         raise DiffusersError(f"{whose}: beta_schedule {kind} is not one of {', '.join(BETAS)}")
     ends = (float(scheduler.get("beta_start", 0.0001)), float(scheduler.get("beta_end", 0.02)))

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import read_tensors, write_tensors
-from .images import Images, to_float
-from .loop import generator
+from .checkpoint import CheckpointError, read_tensors, write_bytes, write_tensors
+from .images import DataError, Images, to_float
+from .loop import TrainingError, generator
 
 Array = NDArray[np.float64]
 WIDTH = 64  # of the feature layer
@@ -74,7 +74,15 @@ def train_classifier(images: Images, count: int, seed: int) -> Classifier:
 
 @torch.no_grad()
 def features_of(classifier: Classifier, x: Tensor) -> tuple[Array, NDArray[np.int64]]:
-    """Features ``[N, 64]`` and predicted classes ``[N]`` of images in [-1, 1]."""
+    """Features ``[N, 64]`` and predicted classes ``[N]`` of images in [-1, 1].
+
+    Raises:
+        TrainingError: an image has a pixel that is not a number.
+    """
+    if not torch.isfinite(x).all():
+        raise TrainingError(
+            "samples are not finite: the network has not learned, or it is asked beyond what it learned"
+        )
     parts = torch.split(x, 512)
     features, scores = zip(*(classifier(part) for part in parts), strict=True)
     return torch.cat(features).double().numpy(), torch.cat(scores).argmax(1).numpy()
@@ -117,14 +125,25 @@ class Judge:
 
 
 def make_judge(images: Images, path: Path, count: int, seed: int) -> Judge:
-    """Load the classifier at ``path``, or train it and save it there; then look at the training set."""
+    """Load the classifier at ``path``, or train it and save it there; then look at the training set.
+
+    Raises:
+        CheckpointError: the file is of another network.
+        DataError: there are too few images to compare with.
+    """
+    if min(len(images.pixels), len(images.held_out_pixels)) < 4:
+        counts = f"{len(images.pixels)} images and {len(images.held_out_pixels)} held-out ones"
+        raise DataError(f"{counts}: to judge by takes 4 of each")
     if not path.exists():
         classifier = train_classifier(images, count, seed)
         _, predicted = features_of(classifier, to_float(images.held_out_pixels))
         accuracy = float((predicted == images.held_out_labels).mean())
         write_tensors(path, classifier.state_dict(), {"held_out_accuracy": accuracy})
     classifier = Classifier(images.sample_shape, len(images.class_names)).eval()
-    classifier.load_state_dict(read_tensors(path)[0])
+    try:
+        classifier.load_state_dict(read_tensors(path)[0])
+    except RuntimeError:
+        raise CheckpointError(f"{path}: not a classifier of these images; name another file, or none") from None
     features, _ = features_of(classifier, to_float(images.pixels))
     scale = float(np.sqrt(features.var(0).mean()) / 10)
     features /= scale
@@ -158,9 +177,7 @@ def diversity(x: Tensor, label: Tensor, most: int = 200) -> float:
 
 def write_metrics(path: Path, metrics: Mapping[str, object]) -> None:
     """Write metrics as JSON, atomically."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(metrics, indent=1), "utf-8")
-    temporary.replace(path)
+    write_bytes(path, json.dumps(metrics, indent=1).encode())
 
 
 def kernel_distance(a: Array, b: Array) -> float:

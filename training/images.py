@@ -7,6 +7,8 @@ split. Floats in [-1, 1] exist only a batch at a time.
 from __future__ import annotations
 
 import importlib
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,10 @@ class Images:
 
     def sigma_data(self) -> float:
         """Standard deviation of the training pixels in [-1, 1]; what EDM calls sigma_data."""
-        return float(self.pixels[:10_000].std() / 127.5)
+        deviation = float(self.pixels[:10_000].std() / 127.5)
+        if deviation < 0.001:
+            raise DataError("all pixels are alike: there is nothing to learn")
+        return deviation
 
 
 def to_float(pixels: Pixels) -> Tensor:
@@ -87,6 +92,8 @@ def load_images(source: Source, path: str | Path | None, class_names: Sequence[s
         DataError: it is missing or is not what was expected.
     """
     if source == "digits":
+        if path is not None:
+            raise DataError(f"{path}: data source 'digits' comes with scikit-learn and is read from no file")
         return _digits()
     if path is None:
         raise DataError(f"data source {source!r} needs a path")
@@ -115,26 +122,31 @@ def _digits() -> Images:
 def _npz(path: Path, class_names: Sequence[str]) -> Images:
     """Keras' layout: x_train, y_train, x_test, y_test; images ``[N, H, W]`` or ``[N, H, W, 3]``."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in file]
             if missing:
                 raise DataError(f"no array {missing[0]!r}; it has {', '.join(sorted(file)) or 'none'}")
             arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"not a readable .npz file ({error})") from None
     for key, array in zip(("x_train", "x_test"), (arrays[0], arrays[2]), strict=True):
         if array.dtype != np.uint8 or array.ndim not in (3, 4):
             raise DataError(f"{key} is {array.dtype} {list(array.shape)}, not uint8 [N, H, W] or [N, H, W, 3]")
     x_train, x_test = (_channels_first(array) for array in (arrays[0], arrays[2]))
+    for key, array in zip(("y_train", "y_test"), (arrays[1], arrays[3]), strict=True):
+        if array.dtype.kind not in "iu":
+            raise DataError(f"{key} is {array.dtype}, not whole numbers")
     y_train, y_test = (array.reshape(-1).astype(np.int64) for array in (arrays[1], arrays[3]))
-    names = tuple(class_names) or tuple(map(str, range(int(y_train.max()) + 1)))
+    names = tuple(class_names) or tuple(map(str, range(int(y_train.max(initial=0)) + 1)))
     return Images(x_train, y_train, x_test, y_test, names)
 
 
 def _folder(path: Path) -> Images:
     """One folder a class; every image the size of the first."""
+    if not path.is_dir():
+        raise DataError("not a folder; expected one that holds one folder a class")
     folders = sorted(child for child in path.iterdir() if child.is_dir())
     if not folders:
         raise DataError("no folders inside; expected one folder a class")
@@ -148,7 +160,7 @@ def _folder(path: Path) -> Images:
             try:
                 with Image.open(file) as image:
                     array = np.asarray(image.convert("L" if image.mode in ("L", "1", "LA") else "RGB"))
-            except (UnidentifiedImageError, OSError):
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError):  # Pillow's, by format
                 raise DataError(f"{file}: not a readable image") from None
             if pixels and array.shape != pixels[0].shape:
                 raise DataError(f"{file}: is {list(array.shape)}, the first image is {list(pixels[0].shape)}")
@@ -164,7 +176,10 @@ def _huggingface(name: str, class_names: Sequence[str]) -> Images:
         datasets: Any = importlib.import_module("datasets")
     except ImportError:
         raise DataError("data source 'huggingface' needs datasets: pip install datasets") from None
-    loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    try:
+        loaded = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     if "train" not in splits:
         raise DataError(f"{name}: no split 'train'; it has {', '.join(splits)}")

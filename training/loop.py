@@ -13,6 +13,7 @@ killed at any moment goes on from its last checkpoint as if nothing had happened
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
 import zlib
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .checkpoint import like, read_tensors, write_tensors, writing
+from .checkpoint import CheckpointError, like, read_tensors, write_bytes, write_tensors, writing
 from .images import Images, to_float
 from .recipe import Recipe
 
@@ -185,7 +186,7 @@ def train_plan(
                 state.save(path, recipe, done)
                 if main:
                     grid = folder / f"samples-{done * plan.batch:08d}.png"
-                    with state.averaged() as network, writing(grid):
+                    with state.averaged() as network:
                         show(network, grid)
                 accelerator.wait_for_everyone()
                 saved, clock = done, time.perf_counter()
@@ -280,7 +281,13 @@ class State:
 
     def load(self, path: Path, recipe: Recipe) -> int:
         """Read what `save` wrote and return its step."""
-        tensors, about = read_tensors(path)
+        again = "remove it, and this part of the run begins again"
+        try:
+            tensors, about = read_tensors(path)
+        except CheckpointError as error:
+            raise TrainingError(f"{error}; {again}") from None
+        if about.get("plan") != self.plan.name:
+            raise TrainingError(f"{path}: holds no training of {self.plan.name}; {again}")
         differences = recipe.differences(about["recipe"], student=self.plan.name != "teacher")
         if differences:
             raise TrainingError(
@@ -333,9 +340,11 @@ class Log:
         if path.exists():
             with path.open(newline="") as file:
                 rows = list(csv.reader(file))
-            kept = rows[:1] + [row for row in rows[1:] if row and int(row[0]) <= start]
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerows(kept if start else [])
+            whole = [row for row in rows[1:] if len(row) == len(rows[0])]  # a full disk cuts the last one
+            kept = rows[:1] + [row for row in whole if int(row[0]) <= start]
+            text = io.StringIO()
+            csv.writer(text).writerows(kept if start else [])
+            write_bytes(path, text.getvalue().encode())
 
     def write(self, step: int, images: int, row: Mapping[str, float], rate: float, speed: float) -> None:
         """Append one row."""

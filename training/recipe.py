@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -99,7 +100,9 @@ class Student:
     sigma_max: float = setting(40.0, least=0.1)
     sigma_floor: float = setting(0.02, least=1e-4)  # noise below which there is nothing to learn
     guidance: float = setting(1.0, least=-1, most=100)  # w of the teacher, baked in
-    seed: int | None = None  # the recipe's if left out; several students of one teacher differ in it
+    seed: int | None = setting(
+        None, least=0, most=2**62
+    )  # the recipe's if left out; several students of one teacher differ in it
     images: int = setting(80_000, least=1)  # seen by the student in each stage; an auxiliary sees as many a turn
     batch: int = setting(64, least=1)  # over all processes
     learning_rate: float = setting(5e-4, least=0)
@@ -296,6 +299,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check("evaluation", self)
+        if not all(1 <= count <= 64 for count in self.step_counts):
+            raise RecipeError(f"[evaluation] step_counts = {list(self.step_counts)} should each be between 1 and 64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +308,7 @@ class Recipe:
     """A whole run: data, network, teacher, student, evaluation."""
 
     name: str
-    seed: int = 0
+    seed: int = setting(0, least=0, most=2**62)
     data: Data = field(default_factory=Data)
     network: Network = field(default_factory=Network)
     teacher: Teacher = field(default_factory=Teacher)
@@ -405,7 +410,7 @@ def _mismatch(value: object, hint: Any) -> str:
     if isinstance(value, bool) or hint is bool:
         return "" if hint is bool and isinstance(value, bool) else {bool: "true or false"}.get(hint, hint.__name__)
     if hint is float:
-        return "" if isinstance(value, int | float) else "a number"
+        return "" if isinstance(value, int | float) and math.isfinite(value) else "a finite number"
     return "" if isinstance(value, hint) else {int: "a whole number", str: "text in quotes"}[hint]
 
 

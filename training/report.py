@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,9 @@ class Report:
     samples: int  # of each seed
     seeds: int
     mean: Figures
-    deviation: Figures  # over seeds
+    deviation: Figures | None  # over seeds, of which there are several
     floor: Figures
+    floor_samples: int  # held-out images, at most as many as samples; of fewer, the distances of a floor are larger
     features: str  # name and hash of the feature network
     features_accuracy: float  # of its own head on held-out images
 
@@ -111,6 +113,8 @@ def evaluate(
         ValueError: a checkpoint makes no such table.
     """
     path = Path(source)
+    if guidance is not None and not np.isfinite(guidance):
+        raise CheckpointError(f"guidance: {guidance:g} should be a finite number; 1 is none")
     tables: list[tuple[Tableau, Sampler, Sampler | None]] = []  # the last: the teacher's samples from the same noise
     if path.is_file():
         if precision != "float32":
@@ -141,7 +145,8 @@ def evaluate(
             scored = [replace(figures, class_accuracy=None) for figures in scored]
         report = Report(
             name, tableau.name, tableau.num_steps, guidance, precision, samples, seeds,
-            over(scored, np.mean), over(scored, np.std), floor, features, examiner.accuracy(),
+            over(scored, np.mean), over(scored, partial(np.std, ddof=1)) if seeds > 1 else None,
+            floor, min(samples, len(images.held_out_pixels)), features, examiner.accuracy(),
         )  # fmt: skip
         reports.append(report)
     return reports

@@ -18,6 +18,7 @@ import dataclasses
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -30,18 +31,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from rich.console import Console
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ..runtime.schedules import karras
 from ..runtime.solvers import SOLVERS
 from ..runtime.tableau import Tableau
 from .architectures import AnyNetwork, build_network, conditions_of, configure, denoiser_of
-from .checkpoint import Checkpoint, WriteError, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, CheckpointError, WriteError, load_checkpoint, save_checkpoint, writing
 from .denoiser import Denoiser
 from .diffusers_teacher import DiffusersError, load_network
 from .distillation import Distillation, Stage
 from .evaluate import Scores, make_judge, write_metrics
-from .images import Images, load_images, to_float
+from .images import DataError, Images, load_images, to_float
 from .loop import Plan, TrainingError, generator, train_plan
 from .methods import method_of
 from .network import NetworkConfig, channels_last
@@ -91,7 +92,8 @@ def train(
         raise TrainingError(f"precision = {precision!r} should be one of {', '.join(MIXED_PRECISION)}")
     out = Path(out)
     images = read_data(recipe, data)  # before any process starts, so that an error is one line
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     if processes == 1 or "RANK" in os.environ:
         _work(0, recipe, out, images, precision, until, quiet)
     else:
@@ -104,11 +106,15 @@ def train(
                 start_method=start_method(),
             )  # type: ignore[no-untyped-call]  # fmt: skip
         except ProcessRaisedException as error:
-            for kind in (TrainingError, WriteError):
-                _, found, message = str(error).rpartition(f"{kind.__name__}: ")
+            for kind in (TrainingError, WriteError, CheckpointError, DataError, RecipeError):
+                _, found, message = str(error).rpartition(f"{kind.__module__}.{kind.__name__}: ")
                 if found:
                     raise kind(message.strip()) from None
             raise
+        except ProcessExitedException as error:
+            why = "is memory short?" if error.signal_name == "SIGKILL" else "and says no more"
+            goes_on = "the same command goes on from the last checkpoint"
+            raise TrainingError(f"{str(error).strip()}; {why} {goes_on}") from None
     return out / "student.safetensors"
 
 
@@ -126,6 +132,8 @@ def start_method() -> str:
 def read_data(recipe: Recipe, data: str | Path | None) -> Images:
     """The images of a recipe, from ``data`` if given; checked against the network's shape."""
     images = load_images(recipe.data.source, data or recipe.data.path, recipe.data.class_names)
+    if recipe.data.sigma_data is None:
+        images.sigma_data()
     try:
         config = network_config(recipe, images)
     except DiffusersError as error:
@@ -175,12 +183,21 @@ def _process(
     until: Part,
     quiet: bool,
 ) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     _work(rank, recipe, out, read_data(recipe, data), precision, until, quiet)
     torch.distributed.destroy_process_group()
+
+
+def _leave_with_parent() -> None:
+    """End this process when the one that started it is gone: killed, it cannot, and the run would go on unseen."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(rank: int, recipe: Recipe, out: Path, images: Images, precision: str, until: Part, quiet: bool) -> None:
@@ -217,6 +234,9 @@ class Run:
     def __init__(self, recipe: Recipe, out: Path, images: Images, accelerator: Accelerator, console: Console) -> None:
         self.recipe, self.out, self.images = recipe, out, images
         self.accelerator, self.console = accelerator, console
+        if accelerator.is_main_process:
+            for left in out.glob("**/.*.safetensors.[0-9]*"):  # by a run that was killed while it wrote
+                left.unlink(missing_ok=True)
         self.student_seed = recipe.seed if recipe.student.seed is None else recipe.student.seed
         self.sigma_data = recipe.data.sigma_data or round(images.sigma_data(), 3)
         self.no_class = len(images.class_names)
@@ -379,7 +399,10 @@ class Run:
             denoiser, tableau = named[name]
             rng = generator(self.recipe.seed, 13, seed)
             x = sample(denoiser, tableau, label.to(device), self.images.sample_shape, rng).cpu()
-            scores = judge.scores(x, label)
+            try:
+                scores = judge.scores(x, label)
+            except TrainingError as error:
+                raise TrainingError(f"{name}: {error}") from None
             mine.append((name, seed, scores))
             self.console.print(
                 f"{name}, noise {seed}: FD {scores.fd:.2f}, accuracy {scores.accuracy:.3f}, "
@@ -400,7 +423,7 @@ class Run:
                 {
                     "recipe": self.recipe.name, "recipe_hash": self.recipe.hash,
                     "samples": settings.samples, "classifier_sha256": judge.sha256,
-                    "held_out": dataclasses.asdict(floor),
+                    "held_out": dataclasses.asdict(floor), "held_out_samples": len(real),
                     "arms": {name: _summary(name, tableau, gathered) for name, _, tableau, _ in arms},
                 },
             )  # fmt: skip

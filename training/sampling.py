@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..runtime.schedules import COSINE, EDM, Levels, karras, straight
 from ..runtime.tableau import Tableau
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, writing
 from .denoiser import Predictor
 from .network import NetworkConfig
 
@@ -114,4 +114,5 @@ def save_grid(x: Tensor, path: Path, columns: int) -> None:
         sheet[:, top : top + height, left : left + width] = image
     picture = Image.fromarray(sheet[0] if channels == 1 else sheet.transpose(1, 2, 0))
     zoom = max(1, 64 // max(height, width))
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
+    with writing(path):
+        picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
