@@ -209,7 +209,7 @@ def bench_run(
 def bench_compare(
     before: Annotated[Path, typer.Argument(help="A report of --json.")],
     after: Annotated[Path, typer.Argument(help="Another.")],
-    confidence: Annotated[float, typer.Option(help="Of each interval.")] = 0.99,
+    confidence: Annotated[float, typer.Option(help="Of all intervals together.")] = 0.99,
     smallest: Annotated[float, typer.Option(help="Differences below this share are noise.")] = 0.02,
 ) -> None:
     """Say which figures of two reports differ by more than noise. Exit status 1 when one is worse."""

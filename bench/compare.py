@@ -1,8 +1,9 @@
 """Whether two reports differ by more than noise.
 
 Both are resampled together: rounds with replacement, and within each round its slices of time, in blocks of neighbours,
-since what disturbs a machine lasts longer than a slice. A figure's ratio is recomputed for each resample; the standard
-deviation of its logarithm gives the interval, wide enough for all figures of a comparison together (Bonferroni). A
+since what disturbs a machine lasts longer than a slice. A figure is recomputed for each resample; the variances of the
+two logarithms give the interval of the ratio by Student's distribution with Welch's degrees of freedom, since there are
+few rounds, and wide enough for all figures of a comparison together (Bonferroni). A
 difference counts when the interval leaves out 1 and the ratio is past the smallest difference that is asked about;
 everything else is noise.
 
@@ -14,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,11 @@ def compare_files(
     if not 0 <= smallest < 1:
         raise BenchError(f"--smallest: {smallest:g} must be between 0 and 1")
     old, new = load(before), load(after)
+    loops = [rounds[0]["load"]["loop"] for rounds in (old, new)]
+    if loops[0] != loops[1]:
+        raise BenchError(
+            f"{before} is of a load in {loops[0]} loop, {after} in {loops[1]} loop: their times mean different things"
+        )
     found = compare(old, new, confidence=confidence, smallest=smallest)
     if not found:
         raise BenchError(f"{before} and {after} have no figure in common")
@@ -99,18 +104,20 @@ def compare(
     old, new = _Side(before, rng), _Side(after, rng)
     found = []
     figures = _figures(before, after)
-    reach = NormalDist().inv_cdf(1 - (1 - confidence) / 2 / max(1, len(figures)))
+    chance = 1 - (1 - confidence) / 2 / max(1, len(figures))
     for figure, (is_better_high, of) in figures.items():
         (old_point, old_sample), (new_point, new_sample) = of(old), of(new)
         if not (old_point > 0 and new_point > 0):
             continue
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log(new_sample / old_sample)
-        logs = logs[np.isfinite(logs)]
-        if len(logs) < RESAMPLES / 2:
+            variances = [_spread(old_sample) * old.widening**2, _spread(new_sample) * new.widening**2]
+        if np.isfinite(logs).sum() < RESAMPLES / 2:
             continue
         ratio = new_point / old_point
-        margin = reach * float(logs.std()) * max(old.widening, new.widening)
+        # Welch's degrees of freedom: of three rounds nobody knows well how far rounds lie apart.
+        below = sum(v**2 / (side.units - 1) for v, side in zip(variances, (old, new), strict=True))
+        margin = _student(chance, sum(variances) ** 2 / below) * math.sqrt(sum(variances)) if below else 0.0
         low, high = ratio * math.exp(-margin), ratio * math.exp(margin)
         is_noise = low <= 1 <= high or abs(ratio - 1) < smallest
         verdict = "noise" if is_noise else "better" if (ratio > 1) == is_better_high else "worse"
@@ -131,6 +138,20 @@ def unlike(before: Sequence[Round], after: Sequence[Round]) -> list[str]:
     return told
 
 
+def _spread(sample: Array) -> float:
+    """The variance of the logarithm."""
+    logs = np.log(sample)
+    return float(logs[np.isfinite(logs)].var())
+
+
+def _student(chance: float, freedom: float) -> float:
+    """The quantile of Student's distribution, ``sqrt(freedom) * tan(a)`` with ``a`` as ``cos(a) ** (freedom - 1)``."""
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 100_001)
+    middle = (angle[1:] + angle[:-1]) / 2
+    reached = np.concatenate([[0.0], np.cumsum(np.cos(middle) ** (freedom - 1))])
+    return math.sqrt(freedom) * math.tan(float(np.interp(chance, reached / reached[-1], angle)))
+
+
 class _Side:
     """One report, and the weights its slices have in each resample."""
 
@@ -148,7 +169,7 @@ class _Side:
                 starts = rng.integers(size, size=blocks)
                 picked = (starts[:, None] + np.arange(_BLOCK)).ravel()[:size] % size  # in a circle: no edge counts less
                 np.add.at(self.weights[i], firsts[chosen] + picked, 1)
-        units = len(rounds) if len(rounds) > 1 else max(2, per_round[0] // _BLOCK)
+        self.units = units = len(rounds) if len(rounds) > 1 else max(2, per_round[0] // _BLOCK)
         self.widening = math.sqrt(units / (units - 1))  # a bootstrap of few units is too narrow by this
         self._known: dict[tuple[str, ...], tuple[Array, Array]] = {}
         self._counts = [

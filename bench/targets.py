@@ -111,7 +111,7 @@ class OpenAiTarget:
         """See `Target`."""
         answer = await _reach(self._client, self._address, self._models)
         listed = _json(answer).get("data") if answer.status == 200 else None
-        models = [one for one in listed or [] if isinstance(one, dict) and "id" in one]
+        models = [one for one in _dicts(listed) if "id" in one]
         wanted = self._address.model
         found = next((one for one in models if wanted in (None, one["id"])), None)
         if models and found is None:
@@ -182,7 +182,10 @@ class _Tensors:
             kind_of = self.types[input_name]
             value = str(value).encode() if kind_of == "BYTES" else value
             shape = [num, 1] if self._has_batch else [1]
-            tensors[input_name] = np.full(shape, value, _DTYPES[kind_of])
+            try:
+                tensors[input_name] = np.full(shape, value, _DTYPES[kind_of])
+            except (ValueError, OverflowError):
+                raise BenchError(f"--mix: {name}: {value!r} is no {kind_of}, which the model's input is") from None
         if num > 1 and not any(array.shape[0] == num for array in tensors.values()):
             parameters["n"] = num
         return tensors, parameters
@@ -214,8 +217,9 @@ class KserveTarget:
             raise BenchError(f"--model: {model}: {path} answers {metadata.status}")
         config = await self._client.request("GET", f"{path}/config")
         asked = _json(config) if config.status == 200 else {}
-        optional = {one["name"] for one in asked.get("input", []) if one.get("optional")}
-        self._tensors = _Tensors(_json(metadata).get("inputs", []), optional, asked.get("max_batch_size", 1) > 0)
+        optional = {str(one.get("name")) for one in _dicts(asked.get("input")) if one.get("optional")}
+        inputs = [one for one in _dicts(_json(metadata).get("inputs")) if one.keys() >= {"name", "datatype", "shape"}]
+        self._tensors = _Tensors(inputs, optional, asked.get("max_batch_size", 1) > 0)
         self._path = f"{path}/infer"
         self.about = About(model, f"{server.get('name', '')} {server.get('version', '')}".strip())
         ours = await self._client.request("GET", f"{self._base}/v1/models/{quote(model)}")
@@ -253,8 +257,11 @@ class KserveTarget:
 
     async def _only_model(self) -> str:
         answer = await self._client.request("POST", f"{self._base}/v2/repository/index", b"{}", _JSON)
-        listed = json.loads(answer.body) if answer.status == 200 else []
-        names = [one["name"] for one in listed if one.get("state", "READY") == "READY"]
+        try:
+            listed = json.loads(answer.body) if answer.status == 200 else []
+        except ValueError:  # not every server has this route
+            listed = []
+        names = [one["name"] for one in _dicts(listed) if "name" in one and one.get("state", "READY") == "READY"]
         if not names:
             raise BenchError(f"--model: {self._address.target} does not list its models; name one")
         return str(names[0])
@@ -294,17 +301,18 @@ class KserveGrpcTarget:
             server = await self._stub.ServerMetadata(service_pb2.ServerMetadataRequest(), **told)
             model = self._address.model
             if model is None:
-                index = await self._stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True), **told)
-                if not index.models:
+                asked = service_pb2.RepositoryIndexRequest(ready=True)
+                index = await self._if_there(self._stub.RepositoryIndex(asked, **told))
+                if index is None or not index.models:
                     raise BenchError(f"--model: {target} does not list its models; name one")
                 model = str(index.models[0].name)
             metadata = await self._stub.ModelMetadata(service_pb2.ModelMetadataRequest(name=model), **told)
-            config = await self._stub.ModelConfig(service_pb2.ModelConfigRequest(name=model), **told)
+            config = await self._if_there(self._stub.ModelConfig(service_pb2.ModelConfigRequest(name=model), **told))
         except self._error as error:
             raise BenchError(f"{target}: {error.code().name}: {str(error.details())[:200]}") from None
-        optional = {one.name for one in config.config.input if one.optional}
-        inputs = MessageToDict(metadata).get("inputs", [])
-        self._tensors = _Tensors(inputs, optional, config.config.max_batch_size > 0)
+        optional = {one.name for one in config.config.input if one.optional} if config else set()
+        inputs = [one for one in MessageToDict(metadata).get("inputs", []) if "shape" in one]
+        self._tensors = _Tensors(inputs, optional, config is None or config.config.max_batch_size > 0)
         is_simulated = "simulated" in metadata.platform
         cost = "a cost that gRPC does not tell" if is_simulated else None
         self.about = About(model, f"{server.name} {server.version}", simulated=cost)
@@ -327,6 +335,15 @@ class KserveGrpcTarget:
             self.detail = str(error.details())[:200]
             return str(error.code().name)
         return None if answer.outputs else "answer without outputs"
+
+    async def _if_there(self, call: Any) -> Any:
+        """The answer of a call that is Triton's extension of the protocol; None where a server does not have it."""
+        try:
+            return await call
+        except self._error as error:
+            if error.code().name == "UNIMPLEMENTED":
+                return None
+            raise
 
     async def close(self) -> None:
         """See `Target`."""
@@ -372,6 +389,8 @@ class InProcessTarget:
 
     async def _send(self, kind: Kind, number: int) -> None:
         said = kind.fields
+        if unknown := next((name for name in said if name not in (*_KNOWN, *_KEPT)), None):
+            raise ValueError(f"{unknown}: an engine in this process knows {', '.join(_KNOWN)}")
         tableau = self._engine.tableau(said.get("solver"), said.get("steps"))
         deadline_ms = said.get("deadline_ms")
         deadline_s = time.monotonic() + deadline_ms / 1000 if deadline_ms else None
@@ -379,7 +398,8 @@ class InProcessTarget:
         label = said.get("label")
         if label is None and labels:
             label = labels.parse(_prompt(self.about, kind, number, "0"))
-        seed, guidance, priority = said.get("seed", number), said.get("guidance"), said.get("priority", 0)
+        seed = number if said.get("seed") in (None, "none") else said["seed"]
+        guidance, priority = said.get("guidance"), said.get("priority", 0)
         requests = [Request(seed + i, tableau, label, guidance, priority, deadline_s) for i in range(kind.num_images)]
         await asyncio.gather(*map(asyncio.wrap_future, self._engine.submit(requests)))
 
@@ -398,6 +418,7 @@ class InProcessTarget:
 
 
 _JSON = "Content-Type: application/json\r\n"
+_KNOWN = ("n", "steps", "solver", "guidance", "prompt", "label", "seed", "priority", "deadline_ms")
 _WORDS = ("prompt", "label", "seed", "steps", "solver", "guidance")
 
 
@@ -426,6 +447,11 @@ def _json(answer: Answer) -> dict[str, Any]:
     except ValueError:
         return {}
     return held if isinstance(held, dict) else {}
+
+
+def _dicts(held: Any) -> list[dict[str, Any]]:
+    """The objects of a list that a server sent, if it is one."""
+    return [one for one in held if isinstance(one, dict)] if isinstance(held, list) else []
 
 
 def _line(body: bytes) -> str:

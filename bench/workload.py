@@ -204,14 +204,18 @@ def _kind(name: str, weight: Any, fields: Mapping[str, Any], where: str) -> Kind
     for field_name, given in {**fields, "weight": weight}.items():
         value = given
         try:
-            if field_name in _WHOLE:
+            if field_name == "seed" and value == "none":
+                pass
+            elif field_name in _WHOLE:
                 value = int(value)
             elif field_name in _NUMBERS:
                 value = float(value)
-                if not (value > 0 and math.isfinite(value)):
+                is_allowed = value >= 0 if field_name == "guidance" else value > 0
+                if not (is_allowed and math.isfinite(value)):
                     raise ValueError
         except (TypeError, ValueError):
-            kind = "a whole number" if field_name in _WHOLE else "a number above 0"
+            kind = "a number, 0 or more" if field_name == "guidance" else "a number above 0"
+            kind = "a whole number" if field_name in _WHOLE else kind
             raise BenchError(f"{where}: {name}: {field_name} is {given!r}, must be {kind}") from None
         typed[field_name] = value
     if typed.get("n", 1) < 1:
@@ -236,6 +240,8 @@ def _trace(file: Path, kinds: list[Kind], seed: int) -> tuple[tuple[float, int],
     """
     try:
         lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise BenchError(f"--arrivals: {file}: is not text") from None
     except OSError as error:
         choices = ", ".join(ARRIVALS)
         raise BenchError(f"--arrivals: {file} is none of {choices}, and no file: {error.strerror}") from None

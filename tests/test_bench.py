@@ -16,13 +16,14 @@ from conftest import free_port
 from rich.console import Console
 
 from fewstep.bench import BenchError, bench
-from fewstep.bench.compare import compare, unlike
+from fewstep.bench.compare import _student, compare, compare_files, unlike
 from fewstep.bench.generator import Records
+from fewstep.bench.http_client import Answer
 from fewstep.bench.observer import ProcessTree
 from fewstep.bench.page import page
 from fewstep.bench.report import Round, check_added, facts, for_terminal, load, round_of, save, warnings_of
 from fewstep.bench.run import address_of
-from fewstep.bench.targets import About, Address, KserveTarget
+from fewstep.bench.targets import About, Address, InProcessTarget, KserveGrpcTarget, KserveTarget, OpenAiTarget
 from fewstep.bench.workload import Kind, Workload, parse_mix, workload
 
 SERVER = Path(__file__).parent / "synthetic_server.py"
@@ -225,6 +226,77 @@ def test_an_unknown_kserve_model_gets_inputs_by_its_metadata() -> None:
     assert made["total"]["sample_steps_per_s"] is None
 
 
+def test_a_kserve_server_over_grpc_needs_no_extension_of_tritons() -> None:
+    """ModelConfig and RepositoryIndex are Triton's; the protocol has neither."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    class Foreign(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the stubs are untyped
+        def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802  # gRPC's names
+            return service_pb2.ServerMetadataResponse(name="foreign", version="1")
+
+        def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+            made = service_pb2.ModelMetadataResponse(name="m")
+            made.inputs.add(name="x", datatype="FP32", shape=[-1, 3])
+            made.inputs.add(name="seed", datatype="UINT32", shape=[-1, 1])
+            return made
+
+        def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+            asked.append([(one.name, list(one.shape)) for one in request.inputs])
+            made = service_pb2.ModelInferResponse(model_name="m")
+            made.outputs.add(name="y", datatype="FP32", shape=[1])
+            return made
+
+    asked: list[Any] = []
+    server = grpc.server(ThreadPoolExecutor(2))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Foreign(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+
+    async def ask(model: str | None, seed: int) -> str | None:
+        target = KserveGrpcTarget(Address(f"grpc://127.0.0.1:{port}", "grpc", model))
+        try:
+            await target.open()
+            return await target.send(Kind("all", 1.0, {"seed": seed}), 0)
+        finally:
+            await target.close()
+
+    try:
+        assert asyncio.run(ask("m", 7)) is None
+        assert asked == [[("x", [1, 3]), ("seed", [1, 1])]]
+        with pytest.raises(BenchError, match=r"--model: grpc://.* does not list its models; name one"):
+            asyncio.run(ask(None, 7))
+        with pytest.raises(BenchError, match="seed: -1 is no UINT32"):
+            asyncio.run(ask("m", -1))
+    finally:
+        server.stop(None).wait()
+
+
+def test_a_server_is_asked_without_what_it_would_refuse() -> None:
+    """OpenAI's own has no seed, some models take a guidance of 0, and no word is dropped in silence."""
+    kinds = parse_mix("seed=none size=512x512, guidance=0")
+    assert [kind.fields for kind in kinds] == [{"seed": "none", "size": "512x512"}, {"guidance": 0.0}]
+    sent: list[dict[str, Any]] = []
+
+    async def ask() -> None:
+        target = OpenAiTarget(Address("http://a", "openai"))
+
+        async def request(method: str, path: str, body: bytes, headers: str) -> Answer:
+            sent.append(json.loads(body))
+            return Answer(200, b'{"data": [{"b64_json": "AAAA"}]}')
+
+        target._client.request = request  # type: ignore[method-assign,assignment]
+        assert await target.send(kinds[0], 3) is None
+        engine = InProcessTarget(Address("", "in-process"))
+        assert await engine.send(Kind("all", 1.0, {"size": "512x512"}), 0) == "refused"
+        assert engine.detail.startswith("size: an engine in this process knows n, steps, ")
+
+    asyncio.run(ask())
+    assert sent == [{"prompt": "a photograph", "size": "512x512"}]
+
+
 def test_a_server_that_is_not_there_is_one_line() -> None:
     with pytest.raises(BenchError, match="cannot be reached: Connection refused; is the server running"):
         measured("http://127.0.0.1:9", workload(seconds=1))
@@ -340,6 +412,31 @@ def test_rounds_widen_the_interval_by_what_differs_between_them() -> None:
     four = compare(*rounds)
     verdict_of = [{each.figure: each.verdict for each in found} for found in (one, four)]
     assert [verdicts["latency mean"] for verdicts in verdict_of] == ["worse", "noise"]
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(2, 31.599), (4, 8.610), (10, 4.587), (1000, 3.300)])
+def test_intervals_are_students(freedom: float, quantile: float) -> None:
+    """The tables' quantiles at 0.9995, which is what ten figures at 99 % take."""
+    assert _student(0.9995, freedom) == pytest.approx(quantile, rel=1e-3)
+
+
+def test_few_rounds_that_lie_apart_are_called_noise() -> None:
+    """Two rounds a side, 10 % apart from round to round: a normal interval calls every eighth pair different."""
+    rng = np.random.default_rng(10)
+
+    def rounds() -> list[Round]:
+        return [fake_round(rng, factor=float(np.exp(0.1 * rng.standard_normal())), seconds=4) for _ in range(2)]
+
+    for _ in range(12):
+        assert [one for one in compare(rounds(), rounds()) if one.verdict != "noise"] == []
+
+
+def test_open_and_closed_loops_are_not_compared(tmp_path: Path) -> None:
+    made = fake_round(np.random.default_rng(11), seconds=4)
+    save(tmp_path / "open.json", made)
+    save(tmp_path / "closed.json", {**made, "load": {**made["load"], "loop": "closed"}})
+    with pytest.raises(BenchError, match=r"open loop, .*closed.json in closed loop"):
+        compare_files(tmp_path / "open.json", tmp_path / "closed.json")
 
 
 def test_reports_are_kept_round_by_round_and_unlike_loads_are_told(tmp_path: Path) -> None:
