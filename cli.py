@@ -151,7 +151,9 @@ def bench_run(
         str | None, typer.Option(help="Kinds of requests with weights, 'steps=1:0.5, steps=4:0.5'; or a TOML file.")
     ] = None,
     deadline_ms: Annotated[float | None, typer.Option(help="Deadline of requests whose kind names none.")] = None,
-    seconds: Annotated[float, typer.Option(help="Load on the clock.")] = 10.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="Load on the clock.", show_default="10, or what the trace takes")
+    ] = None,
     warmup: Annotated[float, typer.Option(help="Seconds of load before it.")] = 1.0,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request is an error.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the arrivals and the order of the kinds.")] = 0,

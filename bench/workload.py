@@ -116,7 +116,7 @@ def workload(
     burst: int = 16,
     deadline_ms: float | None = None,
     warmup_s: float = 1.0,
-    seconds: float = 10.0,
+    seconds: float | None = None,
     seed: int = 0,
 ) -> Workload:
     """A workload from what a person types.
@@ -129,7 +129,7 @@ def workload(
         burst: requests of one burst.
         deadline_ms: of kinds that name none.
         warmup_s: load before the clock.
-        seconds: load on the clock.
+        seconds: load on the clock; 10 when left out, or what a trace takes.
         seed: of the arrivals and of the kinds' order.
 
     Raises:
@@ -149,6 +149,9 @@ def workload(
         trace = _trace(Path(arrivals), kinds, seed)
     elif rate is None and arrivals != "poisson":
         raise BenchError(f"--arrivals {arrivals}: needs --rate, the requests a second")
+    if seconds is None:
+        took_s = (len(trace) / rate if rate else trace[-1][0]) if trace else warmup_s + 10.0
+        seconds = max(took_s - warmup_s, 0.0) + (1e-3 if trace else 0.0)
     if deadline_ms is not None:
         kinds = [Kind(k.name, k.weight, {"deadline_ms": deadline_ms, **k.fields}) for k in kinds]
     return Workload(tuple(kinds), clients, rate, arrivals, burst, warmup_s, seconds, seed, trace)

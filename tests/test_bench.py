@@ -586,6 +586,14 @@ def test_a_trace_is_replayed_and_may_be_scaled(tmp_path: Path) -> None:
     assert [replayed.kinds[i].name for i in kinds] == ["all", "steps=4", "n=2", "steps=4"]
     faster = workload(arrivals=str(file), rate=8.0, warmup_s=0, seconds=10)
     assert faster.schedule()[0].tolist() == [0.0, 0.125, 0.25, 0.5]
+    whole = workload(arrivals=str(file), warmup_s=0.5)  # and is neither cut nor waited out
+    assert whole.seconds == pytest.approx(1.5, abs=0.01)
+    assert len(whole.schedule()[0]) == 4
+    assert workload(arrivals=str(file), rate=8.0, warmup_s=0).seconds == pytest.approx(0.5, abs=0.01)
+    assert workload().seconds == 10
+    file.write_bytes(b"\xff1.0")
+    with pytest.raises(BenchError, match="is not text"):
+        workload(arrivals=str(file))
     file.write_text("1.0\nsoon\n")
     with pytest.raises(BenchError, match="line 2: 'soon' is not a number of seconds"):
         workload(arrivals=str(file))
