@@ -5,7 +5,9 @@
 Bare: the student's step graph called in a loop at the batch size the server reached, CPU time per image.
 Server: the serving process under 32 clients, one image a request, its whole CPU time (from the operating
 system) per image. Both alternate in one run, and the figure is the median of the pairwise ratios; 1 would mean
-that HTTP, JSON, scheduling, the solver step, noise, PNG and base64 cost nothing.
+that HTTP, JSON, scheduling, the solver step, noise, PNG and base64 cost nothing. Where the time goes is told by
+thread: the event loop is the first of the process, the engine is the one that takes the most, since it runs the
+network, and the rest are encoders and those that only wait.
 """
 
 import argparse
@@ -13,13 +15,12 @@ import asyncio
 import base64
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import numpy as np
 
 from fewstep.bench.http_client import HttpClient
 from fewstep.bench.observer import counts
+from fewstep.bench.report import machine
 from fewstep.runtime import Bundle, Engine, Request
 from fewstep.runtime.backends import OnnxBackend
 from fewstep.runtime.pictures import encode
@@ -58,25 +60,37 @@ def main() -> None:
         rounds = []
         for _ in range(options.rounds):
             bare_ms = bare.cpu_ms_per_image(options.seconds / 2)
-            before_s = cpu_seconds(server.pid)
+            before_s, before = cpu_seconds(server.pid), cpu_by_thread(server.pid)
             images, took_s, latencies = load(url, bundle, options.clients, options.seconds)
             server_ms = 1000 * (cpu_seconds(server.pid) - before_s) / images
+            after = cpu_by_thread(server.pid)
+            taken = {thread: 1000 * (after[thread] - before.get(thread, 0.0)) / images for thread in after}
+            loop_ms = taken.pop(server.pid)
+            engine_ms = max(taken.values())
             rounds.append({"bare_ms": bare_ms, "server_ms": server_ms, "images_per_s": images / took_s,
-                           "p50_ms": 1000 * statistics.median(latencies)})  # fmt: skip
+                           "p50_ms": 1000 * statistics.median(latencies), "event_loop_ms": loop_ms,
+                           "engine_ms": engine_ms, "others_ms": sum(taken.values()) - engine_ms})  # fmt: skip
             print(f"bare {bare_ms:.3f} ms, server {server_ms:.3f} ms an image: {bare_ms / server_ms:.3f}", flush=True)
     finally:
         server.terminate()
         server.wait()
     efficiency = statistics.median(r["bare_ms"] / r["server_ms"] for r in rounds)
     result: dict[str, Any] = {
-        "command": "python benchmarks/cpu_efficiency.py",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "command": " ".join(["python", "benchmarks/cpu_efficiency.py", *sys.argv[1:]]),
+        "machine": machine(),
         "bundle": bundle.name,
         "clients": options.clients,
         "rows_per_call": rows,
         "cpu_efficiency": round(efficiency, 4),
+        "ms_per_image": {
+            "network": median(r["bare_ms"] for r in rounds),
+            "engine beside the network": median(r["engine_ms"] - r["bare_ms"] for r in rounds),
+            "event loop": median(r["event_loop_ms"] for r in rounds),
+            "encoder and others": median(r["others_ms"] for r in rounds),
+        },
         "rounds": rounds,
     }
+    print(", ".join(f"{part} {value:.3f} ms an image" for part, value in result["ms_per_image"].items()))
     print(f"CPU efficiency {efficiency:.3f} at {options.clients} clients, {rows} rows a call")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +163,17 @@ def batch_of(url: str, bundle: Bundle, work: Callable[[], Any]) -> float:
     assert after is not None
     done = after.since(before)
     return done.rows / done.calls
+
+
+def median(values: Iterable[float]) -> float:
+    """To the microsecond."""
+    return round(statistics.median(values), 3)
+
+
+def cpu_by_thread(pid: int) -> dict[int, float]:
+    """Seconds on a core of each thread of a process, from the kernel, by the thread's number."""
+    return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9
+            for task in Path(f"/proc/{pid}/task").iterdir()}  # fmt: skip
 
 
 def cpu_seconds(pid: int) -> float:

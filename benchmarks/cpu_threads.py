@@ -10,8 +10,8 @@ core, which spins between operators. What computes in float32 must give the same
 import argparse
 import json
 import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from fewstep.bench.report import machine
 from fewstep.export.additions import add_precisions
 from fewstep.runtime import Bundle
 from fewstep.runtime.backends import OnnxBackend
@@ -59,8 +60,8 @@ def main() -> None:
                 )
     if options.json:
         about = {
-            "command": "python benchmarks/cpu_threads.py",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "command": " ".join(["python", "benchmarks/cpu_threads.py", *sys.argv[1:]]),
+            "machine": machine(),
             "onnxruntime": onnxruntime.__version__,
             "bundle": bundle.name,
             "threads": options.threads,

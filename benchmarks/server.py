@@ -58,9 +58,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path, default=Path("docs/images"), help="folder for the plots")
     options = parser.parse_args()
-    result: dict[str, Any] = {"command": "python benchmarks/server.py"}
+    result: dict[str, Any] = {}
     if options.json and options.json.exists():  # what is not measured now stays as it was
         result |= json.loads(options.json.read_text())
+    result["command"] = " ".join(["python", "benchmarks/server.py", *sys.argv[1:]])
     result["machine"] = machine()
     if "cold-start" in options.sections:
         result["cold_start"] = cold_start(options.starts)
@@ -101,19 +102,24 @@ def serving(*arguments: str | Path) -> Iterator[tuple[str, int]]:
         process.wait()
 
 
-def first_image(url: str) -> bytes:
+def first_image(url: str, model: str | None = None) -> bytes:
     """Asked with what any client has."""
-    body = json.dumps({"prompt": "Sneaker", "seed": 5}).encode()
+    body = json.dumps({"prompt": "Sneaker", "seed": 5} | ({"model": model} if model else {})).encode()
     with urllib.request.urlopen(f"{url}/v1/images/generations", body, timeout=60) as answer:
         return base64.b64decode(json.load(answer)["data"][0]["b64_json"])
 
 
-def cold_start(starts: int) -> dict[str, Any]:
-    """Seconds from nothing to listening, and to the first image."""
-    bundle = Bundle.load()
+def right_image(bundle: Bundle, **engine: Any) -> bytes:
+    """What the engine makes of it, which is what the server has to send before anything is timed."""
     assert bundle.manifest.labels is not None
     label = bundle.manifest.labels.parse("Sneaker")
-    (sample,) = Engine(bundle, threads=1).generate([Request(5, bundle.tableau(), label)])
+    (sample,) = Engine(bundle, threads=1, **engine).generate([Request(5, bundle.tableau(), label)])
+    return encode(sample.to_uint8())
+
+
+def cold_start(starts: int) -> dict[str, Any]:
+    """Seconds from nothing to listening, and to the first image."""
+    right = right_image(Bundle.load())
     listening, imaged, cpu = [], [], []
     for _ in range(starts):
         start_s = time.perf_counter()
@@ -122,7 +128,7 @@ def cold_start(starts: int) -> dict[str, Any]:
             image = first_image(url)
             imaged.append(time.perf_counter() - start_s)
             cpu.append(ProcessTree(pid).cpu_s())
-        assert image == encode(sample.to_uint8())
+        assert image == right
     told = {
         "listening_s": statistics.median(listening),
         "first_image_s": statistics.median(imaged),
@@ -218,6 +224,7 @@ def size(folder: Path, pixels: int, seconds: float) -> dict[str, Any]:
     manifest["sample_shape"] = [1, pixels, pixels]
     (path / MANIFEST).write_text(json.dumps(manifest))
     with serving(path, "--simulate", FREE, "--no-grpc") as (url, _):
+        assert first_image(url) == right_image(Bundle.load(path), backend=simulated(FREE))
         return row_of({"pixels": pixels}, bench(address_of(url), workload(clients=32, seconds=seconds), is_quiet=True))
 
 
@@ -233,6 +240,8 @@ def students(folder: Path, number: int, seconds: float) -> dict[str, Any]:
             (path / MANIFEST).write_text(json.dumps(manifest))
         paths.append(path)
     with serving(*paths, "--threads", str(os.cpu_count() or 1), "--no-grpc") as (url, _):
+        right = right_image(Bundle.load())
+        assert all(first_image(url, f"student-{i}") == right for i in range(number))
         kinds = tuple(Kind(f"student-{i}", 1.0, {"model": f"student-{i}"}) for i in range(number))
         load = replace(workload(clients=32, seconds=seconds), kinds=kinds)
         return row_of({"students": number}, bench(address_of(url), load, is_quiet=True))

@@ -15,8 +15,6 @@ server, see docs/triton.md; where there is none it is left out, and said so.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.bench.observer import ProcessTree, listener
+from fewstep.bench.report import machine
 from fewstep.deploy.perf_analyzer import perf_analyzer, without_sequences
 from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
 from fewstep.deploy.triton_repository import VARIANTS, write_model
@@ -129,7 +128,7 @@ def write(options: argparse.Namespace, bundle: Bundle, rounds: list[dict[str, di
     command = [one for one in sys.argv[1:] if one not in ("--environment", str(options.environment))]
     result = {
         "command": "python benchmarks/triton_variants.py " + " ".join(command),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": machine(),
         "triton": "2.51.0, nvidia-pytriton 0.7.0",
         "bundle": bundle.name,
         "threads": options.threads,
