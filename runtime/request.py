@@ -66,14 +66,18 @@ class Sample:
 
 
 # float32 already, since to convert a number takes longer than to scale a small image by it
-_SCALE, _SHIFT, _LOWEST, _HIGHEST = np.float32(127.5), np.float32(128), np.float32(0), np.float32(255)
+_SCALE, _SHIFT, _BLACK, _WHITE = np.float32(127.5), np.float32(128), np.float32(-1), np.float32(1)
 
 
 def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """``[channels, height, width]`` as ``[height, width, channels]``, -1 to 0 and 1 to 255, rounded to nearest."""
-    scaled = pixels * _SCALE
+    """``[channels, height, width]`` as ``[height, width, channels]``, -1 to 0 and 1 to 255, rounded to nearest.
+
+    What is not a number, as a preview may be of a sample that fails, is black.
+    """
+    scaled = np.fmax(pixels, _BLACK)
+    np.fmin(scaled, _WHITE, out=scaled)
+    scaled *= _SCALE
     scaled += _SHIFT
-    scaled.clip(_LOWEST, _HIGHEST, out=scaled)
     return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
 
 

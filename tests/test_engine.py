@@ -221,6 +221,8 @@ def test_pixels_become_bytes_by_rounding_to_nearest(baked: Bundle) -> None:
     sample = Sample(pixels, Request(0, baked.tableau(), 0), 0, 0)
     exact = (np.clip(pixels.astype(np.float64), -1, 1) + 1) * 127.5
     assert np.abs(sample.to_uint8() - exact.transpose(1, 2, 0)).max() <= 0.5 + 1e-4
+    odd = replace(sample, pixels=np.array([[[np.nan, np.inf, -np.inf, 3e38]]], np.float32))  # and without a warning
+    assert odd.to_uint8().ravel().tolist() == [0, 255, 0, 255]
 
 
 # --- order, cancellation, deadlines, the bound

@@ -364,7 +364,7 @@ def test_the_scale_of_the_initial_noise_goes_with_the_table() -> None:
     assert (again.start, again.sha256) == (1, table.sha256)
     assert sol.ddim(sch.karras(4)).start is None
     for bad in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(TableauError, match=r"^ddim: start .* is not a positive number$"):
+        with pytest.raises(TableauError, match=r"^ddim: start .* is not a positive number of float32$"):
             replace(table, start=bad)
 
 
