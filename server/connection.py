@@ -190,6 +190,7 @@ class Connection(HttpToolsProtocol):
             self._take_long_way()
             return
         self._arriving = None
+        cycle.body = bytearray()  # it was read, and connection and cycle stay until the next collection
         self._work = work
         self.tasks.add(work)  # type: ignore[arg-type]  # what uvicorn waits for, and cancels, when it stops
         work.add_done_callback(lambda work: self._finish(cycle, visit, door, work))

@@ -111,6 +111,7 @@ def outcome(
     done: asyncio.Future[T] = loop.create_future()
     if service.traces:
         answer = service.traces.around(engine, answer)
+    futures = list(futures)
     unfinished = count(len(futures) - 1, -1)  # its steps are atomic, wherever futures end
     name = REQUEST_ID.get()
 
@@ -133,6 +134,7 @@ def outcome(
     def give_up(done: "asyncio.Future[T]") -> None:
         if done.cancelled() or done.exception():
             _cancel(futures)
+        futures.clear()  # a future keeps its callbacks, and these would keep it: pixels until the next collection
 
     for future in futures:
         future.add_done_callback(on_end)
