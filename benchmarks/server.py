@@ -61,7 +61,8 @@ def main() -> None:
     result: dict[str, Any] = {}
     if options.json and options.json.exists():  # what is not measured now stays as it was
         result |= json.loads(options.json.read_text())
-    result["command"] = " ".join(["python", "benchmarks/server.py", *sys.argv[1:]])
+    command = " ".join(["python", "benchmarks/server.py", *sys.argv[1:]])
+    result["command"] = result.get("command", {}) | dict.fromkeys(options.sections, command)
     result["machine"] = machine()
     if "cold-start" in options.sections:
         result["cold_start"] = cold_start(options.starts)
