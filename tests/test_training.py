@@ -132,6 +132,19 @@ def test_another_recipe_is_refused_by_the_difference(tmp_path: Path) -> None:
         train(tiny(learning_rate=0.01), tmp_path, until="teacher", quiet=True)
 
 
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    recipe, digits = tiny(), load_images("digits", None)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source="npz", sigma_data=0.5))
+    for name, pixels in (("one", digits.pixels), ("other", digits.pixels[::-1])):
+        x_test, y_test = digits.held_out_pixels[:, 0], digits.held_out_labels
+        np.savez(tmp_path / f"{name}.npz", x_train=pixels[:, 0], y_train=digits.labels, x_test=x_test, y_test=y_test)
+    train(recipe, tmp_path / "run", data=tmp_path / "one.npz", until="teacher", quiet=True)
+    (tmp_path / "run" / "teacher.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"state.safetensors: made with other images; go on with those, or"):
+        train(recipe, tmp_path / "run", data=tmp_path / "other.npz", until="teacher", quiet=True)
+    train(recipe, tmp_path / "run", data=tmp_path / "one.npz", until="teacher", quiet=True)
+
+
 def test_a_resume_takes_up_no_damage(tmp_path: Path) -> None:
     """A state that is not one is named with the remedy; a log's last row, cut by a full disk, is dropped."""
     state = tmp_path / "teacher" / "state.safetensors"

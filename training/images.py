@@ -6,6 +6,7 @@ split. Floats in [-1, 1] exist only a batch at a time.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import zipfile
 import zlib
@@ -65,6 +66,11 @@ class Images:
         """``[C, H, W]`` of one image."""
         _, channels, height, width = self.pixels.shape
         return channels, height, width
+
+    @property
+    def sha256(self) -> str:
+        """Of the training images and their labels."""
+        return hashlib.sha256(self.pixels.tobytes() + self.labels.tobytes()).hexdigest()
 
     def sigma_data(self) -> float:
         """Standard deviation of the training pixels in [-1, 1]; what EDM calls sigma_data."""

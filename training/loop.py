@@ -135,7 +135,7 @@ def train_plan(
         The averaged weights of the last turn's network.
 
     Raises:
-        TrainingError: a loss is not finite, or the checkpoint is of another recipe.
+        TrainingError: a loss is not finite, or the checkpoint is of another recipe or of other images.
         WriteError: the disk is full, or the folder may not be written.
     """
     if plan.batch % accelerator.num_processes:
@@ -144,7 +144,7 @@ def train_plan(
         )
     main = accelerator.is_main_process
     folder.mkdir(parents=True, exist_ok=True)
-    state = State(plan, accelerator)
+    state = State(plan, images, accelerator)
     path = folder / "state.safetensors"
     start = state.load(path, recipe) if path.exists() else 0
     log = Log(folder / "log.csv", start) if main else None
@@ -164,7 +164,7 @@ def train_plan(
     ) as bar:
         task = bar.add_task(plan.name, total=plan.steps, completed=start, note="")
         for step in range(start, plan.steps):
-            for name, value in state.step(step, images, seed, saved, path):
+            for name, value in state.step(step, seed, saved, path):
                 sums.setdefault(name, []).append(value)
             bar.advance(task)
             done = step + 1
@@ -196,8 +196,9 @@ def train_plan(
 class State:
     """Everything a step changes: weights, moments of the optimisers, averages."""
 
-    def __init__(self, plan: Plan, accelerator: Accelerator) -> None:
+    def __init__(self, plan: Plan, images: Images, accelerator: Accelerator) -> None:
         self.plan = plan
+        self.images, self.images_sha256 = images, images.sha256
         self.accelerator = accelerator
         self.precision = "bfloat16" if accelerator.mixed_precision == "bf16" else "float32"
         self.networks = {turn.name: accelerator.unwrap_model(turn.network) for turn in plan.turns}
@@ -210,12 +211,12 @@ class State:
         self.result = self.networks[plan.turns[-1].name]
         self.ema = {name: tensor.detach().clone() for name, tensor in self.result.state_dict().items()}
 
-    def step(self, step: int, images: Images, seed: int, saved: int, path: Path) -> Iterator[tuple[str, float]]:
+    def step(self, step: int, seed: int, saved: int, path: Path) -> Iterator[tuple[str, float]]:
         """Take every turn once, then average; yields what goes into the log."""
         plan, rank = self.plan, self.accelerator.process_index
         for index, turn in enumerate(plan.turns):
             rng = generator(seed, zlib.crc32(plan.name.encode()), step, index, rank)
-            batch = self._draw(images, seed, step * len(plan.turns) + index)
+            batch = self._draw(seed, step * len(plan.turns) + index)
             optimizer = self.optimizers[turn.name]
             for group in optimizer.param_groups:
                 group["lr"] = turn.learning_rate * plan.rate(step)
@@ -237,9 +238,9 @@ class State:
             for name, tensor in self.result.state_dict().items():
                 self.ema[name].lerp_(tensor, 1 - decay)
 
-    def _draw(self, images: Images, seed: int, turn: int) -> Batch:
+    def _draw(self, seed: int, turn: int) -> Batch:
         """The images of this process: its share of the next stretch of an endless row of shuffled epochs."""
-        share = self.plan.batch // self.accelerator.num_processes
+        images, share = self.images, self.plan.batch // self.accelerator.num_processes
         first = turn * self.plan.batch + self.accelerator.process_index * share
         places, count = np.arange(first, first + share), len(images.pixels)
         rows = np.concatenate(
@@ -275,7 +276,7 @@ class State:
             tensors,
             {
                 "plan": self.plan.name, "step": step, "recipe": recipe.text, "recipe_hash": recipe.hash,
-                "precision": self.precision,
+                "images": self.images_sha256, "precision": self.precision,
             },
         )  # fmt: skip
 
@@ -293,6 +294,8 @@ class State:
             raise TrainingError(
                 f"{path}: made by another recipe ({'; '.join(differences[:3])}); use another folder or that recipe"
             )
+        if about.get("images", self.images_sha256) != self.images_sha256:
+            raise TrainingError(f"{path}: made with other images; go on with those, or use another folder")
         precision = about.get("precision", "float32")
         if precision != self.precision:
             raise TrainingError(
