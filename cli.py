@@ -323,7 +323,11 @@ def generate(
     engine = Engine(loaded, max_waiting=num, precision=precision)
     hooks = hooks_of(dynamic_thresholding, guidance_rescale)
     requests = [Request(seed + i, tableau, wanted[i % len(wanted)], guidance, hooks=hooks) for i in range(num)]
-    futures = _named("request", lambda: engine.submit(requests))
+    try:
+        futures = engine.submit(requests)
+    except ValueError as error:  # begins with the request's field, of which the option has the name
+        field, _, reason = str(error).partition(":")
+        _stop(f"--{field.replace('_', '-')}:{reason}")
     start_s = time.perf_counter()
     for future in track(futures, "Generating", transient=True, disable=not sys.stderr.isatty()):
         while not future.done():

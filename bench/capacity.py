@@ -122,14 +122,14 @@ def rate_of(load: Workload) -> float:
         return load.rate
     if not load.trace:
         raise BenchError("--rate: needed, the requests a second; or a trace, by --arrivals FILE")
-    return len(load.trace) / max(load.trace[-1][0], 1e-9)
+    return len(load.trace) / max(load.trace[-1].at_s, 1e-9)
 
 
 def most_of(load: Workload, replica: Replica) -> float:
     """Requests a second of one replica whose calls are all full."""
     weights = np.array([kind.weight for kind in load.kinds])
     if load.trace:
-        weights = np.bincount([kind for _, kind in load.trace], minlength=len(load.kinds)).astype(float)
+        weights = np.bincount([one.kind for one in load.trace], minlength=len(load.kinds)).astype(float)
     rows = np.array([_steps(kind, replica) * kind.num_images for kind in load.kinds])
     a_row_s = replica.period_s(replica.max_rows) / replica.max_rows
     return float(weights.sum() / max(weights @ rows * a_row_s, 1e-12))

@@ -110,7 +110,6 @@ class _Load:
     def __init__(self, plan: Plan, parent: Connection) -> None:
         self._plan = plan
         self._parent = parent
-        self._kinds = plan.workload.kinds
         self._records: list[tuple[int, float, float, float, int]] = []
         self._error_of: dict[str, int] = {}
         self._in_flight = 0
@@ -136,10 +135,13 @@ class _Load:
 
     async def _try_each_kind(self) -> None:
         """One request of each kind before the clock: a mix that cannot be served measures nothing."""
-        for number, kind in enumerate(self._kinds):
+        workload = self._plan.workload
+        first_of = {one.kind: number for number, one in reversed(list(enumerate(workload.trace)))}
+        for i, kind in enumerate(workload.kinds):
+            number = first_of.get(i, i)
             try:
                 async with asyncio.timeout(self._plan.timeout_s):
-                    error = await self._target.send(kind, number)
+                    error = await self._target.send(workload.request(i, number), number)
             except TimeoutError:
                 error = f"no answer in {self._plan.timeout_s:g} s"
             except OSError as failure:
@@ -215,7 +217,7 @@ class _Load:
         self._in_flight += 1
         try:
             async with asyncio.timeout(self._plan.timeout_s):
-                error = await self._target.send(self._kinds[kind], number)
+                error = await self._target.send(self._plan.workload.request(kind, number), number)
         except TimeoutError:
             error = "timeout"
         except OSError as failure:

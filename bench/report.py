@@ -334,10 +334,7 @@ def latency_rows(made: Round) -> list[tuple[str, ...]]:
     parts = {**(made["kinds"] if len(made["kinds"]) > 1 else {}), "all": made["total"]}
     rows = []
     for name, part in parts.items():
-        numbers = tuple(
-            "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
-            for value in part["latency_ms"].values()
-        )
+        numbers = map(_digits, part["latency_ms"].values())
         share = f"{100 * part['goodput']['share']:.1f} %" if "goodput" in part else ""
         rows.append((name, str(part["ok"]), f"{part['images_per_s']:.1f}", *numbers, share))
     return rows

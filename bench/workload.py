@@ -11,7 +11,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,9 @@ from .errors import BenchError
 
 ARRIVALS = ("poisson", "burst", "constant")
 _WHOLE = ("steps", "n", "priority", "seed", "label")
-_NUMBERS = ("guidance", "deadline_ms", "target_ms", "weight")
+_OR_ZERO = ("guidance",)
+_NUMBERS = (*_OR_ZERO, "deadline_ms", "target_ms", "weight")
+_OF_ITS_OWN = ("prompt", "label", "seed")  # what tells a request of a trace from others of its kind
 _DRAWN = 65536  # kinds drawn ahead; afterwards from the beginning
 
 
@@ -47,6 +49,15 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """One line of a trace. ``fields`` are those that it does not share with the others of its kind."""
+
+    at_s: float
+    kind: int
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Workload:
     """Kinds of requests, and when they come."""
 
@@ -58,7 +69,7 @@ class Workload:
     warmup_s: float = 1.0
     seconds: float = 10.0
     seed: int = 0
-    trace: tuple[tuple[float, int], ...] = ()  # seconds and kind of each request
+    trace: tuple[Arrival, ...] = ()  # in the order of their times
 
     @property
     def loop(self) -> Literal["open", "closed"]:
@@ -69,11 +80,11 @@ class Workload:
         """When each request of the open loop is meant to be sent, in seconds from the start, and its kind."""
         end_s = self.warmup_s + self.seconds
         if self.trace:
-            recorded = np.array([at for at, _ in self.trace])
+            recorded = np.array([one.at_s for one in self.trace])
             if self.rate is not None:
                 recorded = recorded * (len(recorded) / self.rate / max(recorded[-1], 1e-9))
             times = recorded[recorded < end_s]
-            return times, np.array([kind for _, kind in self.trace[: len(times)]])
+            return times, np.array([one.kind for one in self.trace[: len(times)]])
         assert self.rate is not None
         rng = np.random.default_rng(self.seed)
         size = self.burst if self.arrivals == "burst" else 1
@@ -87,6 +98,12 @@ class Workload:
         times = times[times < end_s]
         drawn = self.draw()
         return times, drawn[np.arange(len(times)) % len(drawn)]
+
+    def request(self, kind: int, number: int) -> Kind:
+        """What the request of that number asks for, which is one of that kind."""
+        of = self.kinds[kind]
+        own = self.trace[number].fields if self.trace else {}
+        return replace(of, fields={**of.fields, **own}) if own else of
 
     def draw(self) -> NDArray[np.int64]:
         """Kinds by their weights, in the order in which requests take them."""
@@ -144,13 +161,13 @@ def workload(
         if number < 1:
             raise BenchError(f"{option}: {number} must be at least 1")
     kinds = list(parse_mix(mix)) if mix else [Kind("all")]
-    trace: tuple[tuple[float, int], ...] = ()
+    trace: tuple[Arrival, ...] = ()
     if arrivals not in ARRIVALS:
         trace = _trace(Path(arrivals), kinds, seed)
     elif rate is None and arrivals != "poisson":
         raise BenchError(f"--arrivals {arrivals}: needs --rate, the requests a second")
     if seconds is None:
-        took_s = (len(trace) / rate if rate else trace[-1][0]) if trace else warmup_s + 10.0
+        took_s = (len(trace) / rate if rate else trace[-1].at_s) if trace else warmup_s + 10.0
         seconds = max(took_s - warmup_s, 0.0) + (1e-3 if trace else 0.0)
     if deadline_ms is not None:
         kinds = [Kind(k.name, k.weight, {"deadline_ms": deadline_ms, **k.fields}) for k in kinds]
@@ -213,13 +230,13 @@ def _kind(name: str, weight: Any, fields: Mapping[str, Any], where: str) -> Kind
                 value = int(value)
             elif field_name in _NUMBERS:
                 value = float(value)
-                is_allowed = value >= 0 if field_name == "guidance" else value > 0
+                is_allowed = value >= 0 if field_name in _OR_ZERO else value > 0
                 if not (is_allowed and math.isfinite(value)):
                     raise ValueError
-        except (TypeError, ValueError):
-            kind = "a number, 0 or more" if field_name == "guidance" else "a number above 0"
-            kind = "a whole number" if field_name in _WHOLE else kind
-            raise BenchError(f"{where}: {name}: {field_name} is {given!r}, must be {kind}") from None
+        except (TypeError, ValueError, OverflowError):
+            wanted = "a whole number" if field_name in _WHOLE else "a number above 0"
+            wanted = "a number, 0 or more" if field_name in _OR_ZERO else wanted
+            raise BenchError(f"{where}: {name}: {field_name} is {given!r}, must be {wanted}") from None
         typed[field_name] = value
     if typed.get("n", 1) < 1:
         raise BenchError(f"{where}: {name}: n is {typed['n']}, at least one image is needed")
@@ -236,10 +253,11 @@ def _distinct(kinds: Sequence[Kind], where: str) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def _trace(file: Path, kinds: list[Kind], seed: int) -> tuple[tuple[float, int], ...]:
+def _trace(file: Path, kinds: list[Kind], seed: int) -> tuple[Arrival, ...]:
     """A recorded trace: a number of seconds a line, or JSON with ``at`` and the fields of a kind.
 
-    Lines of fields add their kind to ``kinds``; those of a time alone take one of the mix.
+    Lines of fields add their kind to ``kinds``, which is all that they say but for prompt, label and seed; those of a
+    time alone take one of the mix.
     """
     try:
         lines = file.read_text("utf-8").splitlines()
@@ -250,7 +268,7 @@ def _trace(file: Path, kinds: list[Kind], seed: int) -> tuple[tuple[float, int],
         raise BenchError(f"--arrivals: {file} is none of {choices}, and no file: {error.strerror}") from None
     drawn = Workload(tuple(kinds), seed=seed).draw()
     number_of = {kind.name: i for i, kind in enumerate(kinds)}
-    trace: list[tuple[float, int]] = []
+    trace: list[Arrival] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -263,17 +281,20 @@ def _trace(file: Path, kinds: list[Kind], seed: int) -> tuple[tuple[float, int],
         except (ValueError, TypeError, KeyError):
             wanted = 'a number of seconds, or {"at": SECONDS, "steps": 4}'
             raise BenchError(f"--arrivals: {file}, line {number}: {line.strip()[:60]!r} is not {wanted}") from None
-        index = int(drawn[len(trace) % len(drawn)])
+        index, own = int(drawn[len(trace) % len(drawn)]), {}
         if fields:
-            name = _named(fields)
+            said = _kind(_named(fields), 1.0, fields, f"--arrivals: {file}, line {number}").fields
+            own = {name: value for name, value in said.items() if name in _OF_ITS_OWN}
+            shared = {name: value for name, value in said.items() if name not in own}
+            name = _named(shared)
             if name not in number_of:
                 number_of[name] = len(kinds)
-                kinds.append(_kind(name, 1.0, fields, f"--arrivals: {file}"))
+                kinds.append(Kind(name, 1.0, shared))
             index = number_of[name]
-        trace.append((at, index))
+        trace.append(Arrival(at, index, own))
     if not trace:
         raise BenchError(f"--arrivals: {file}: holds no arrivals")
-    trace.sort(key=lambda one: one[0])
-    used = sorted({index for _, index in trace})
+    trace.sort(key=lambda one: one.at_s)
+    used = sorted({one.kind for one in trace})
     kinds[:] = [kinds[index] for index in used]
-    return tuple((at - trace[0][0], used.index(index)) for at, index in trace)
+    return tuple(replace(one, at_s=one.at_s - trace[0].at_s, kind=used.index(one.kind)) for one in trace)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Words = NDArray[np.uint64]  # 32-bit words, held in 64 bits for the products
 Floats = NDArray[np.float32]
 Array = NDArray[Any]
 

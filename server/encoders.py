@@ -1,7 +1,8 @@
-"""Encoder threads: samples become bodies off the event loop, and what is ready together reaches the loop in one wake.
+"""Encoders: samples become bodies off the event loop where that takes long, and on it where it does not.
 
-Waking a thread costs as much CPU time as encoding a small image. The samples of a tick arrive together, so a thread
-encodes all that is there before it wakes the loop, unless that takes longer than `HOLD_S`.
+Waking a thread costs as much as encoding a small image, and a request's answer waits for it. So what is small is
+encoded on the loop that sends it. All else is a thread's: the samples of a tick arrive together, so it encodes all that
+is there before it wakes the loop, unless that takes longer than `HOLD_S`.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+SMALL = 4096  # bytes of pixels of an answer up to which the loop encodes it; a PNG of so many is not deflated
 HOLD_S = 0.002  # how long a finished body may wait for those that are encoded after it
 
 
@@ -24,10 +26,10 @@ class _Job(NamedTuple):
 
 
 class Encoders:
-    """Threads that do work for coroutines.
+    """Do work for coroutines.
 
     Args:
-        num_threads: how many.
+        num_threads: threads for what is not small.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -38,14 +40,27 @@ class Encoders:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, done: "asyncio.Future[T]", work: Callable[[], T]) -> None:
-        """Do the work, and end the future with what it returns or raises. May be called from any thread."""
-        self._jobs.put(_Job(done, work))
+    def submit(self, done: "asyncio.Future[T]", num_bytes: int, work: Callable[[], T]) -> None:
+        """Do the work, and end the future with what it returns or raises. May be called from any thread.
 
-    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        """What the work returns."""
+        Args:
+            done: the future.
+            num_bytes: of the pixels that are encoded.
+            work: what to do, in a thread or on the future's loop.
+        """
+        job = _Job(done, work)
+        if num_bytes > SMALL:
+            self._jobs.put(job)
+            return
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
+            done.get_loop().call_soon_threadsafe(_do, job)
+
+    async def run(self, num_bytes: int, work: Callable[..., T], *arguments: Any) -> T:
+        """What the work returns; see `submit`."""
+        if num_bytes <= SMALL:
+            return work(*arguments)
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self.submit(done, partial(work, *arguments))
+        self.submit(done, num_bytes, partial(work, *arguments))
         return await done
 
     def stop(self) -> None:
@@ -72,6 +87,11 @@ class Encoders:
             is_last = job is None
             _settle_all(ready)
             job = None if is_last else self._jobs.get()
+
+
+def _do(job: _Job) -> None:
+    if not job.done.done():
+        _settle([(job, *_outcome(job.work))])
 
 
 def _outcome(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:

@@ -11,6 +11,7 @@ Cancelling the coroutine, or closing the iterator, cancels the requests within o
 
 import asyncio
 import logging
+import math
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Future
@@ -94,8 +95,8 @@ def make(
 ) -> "asyncio.Future[T]":
     """What ``answer`` makes of the samples, in the order asked for: to be awaited. Cancelling it cancels the requests.
 
-    The engine hands the samples straight to an encoder's thread, where ``answer`` runs, and the event loop wakes
-    once, when all is done.
+    The engine hands the samples straight to the encoders, which run ``answer``, and the event loop wakes once, when all
+    is done or, if it is little, to do it.
 
     Raises:
         ApiError: a request was refused or failed; the others of this call are cancelled.
@@ -112,6 +113,7 @@ def outcome(
     if service.traces:
         answer = service.traces.around(engine, answer)
     futures = list(futures)
+    num_bytes = num_bytes_of(engine, len(futures))
     unfinished = count(len(futures) - 1, -1)  # its steps are atomic, wherever futures end
     name = REQUEST_ID.get()
 
@@ -129,7 +131,7 @@ def outcome(
             with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
                 loop.call_soon_threadsafe(fail, error)
         elif is_last:
-            service.encoders.submit(done, lambda: answer([future.result() for future in futures]))
+            service.encoders.submit(done, num_bytes, lambda: answer([future.result() for future in futures]))
 
     def give_up(done: "asyncio.Future[T]") -> None:
         if done.cancelled() or done.exception():
@@ -197,11 +199,16 @@ def follow(
     return listen()
 
 
-async def encoded(service: Service, num_images: int, work: Callable[..., T], *arguments: Any) -> T:
-    """What an encoder's thread makes of some of a stream's images."""
+async def encoded(service: Service, engine: Engine, num_images: int, work: Callable[..., T], *arguments: Any) -> T:
+    """What the encoders make of some of a stream's images."""
     if service.traces:
         work = service.traces.encoding(work, num_images)
-    return await service.encoders.run(work, *arguments)
+    return await service.encoders.run(num_bytes_of(engine, num_images), work, *arguments)
+
+
+def num_bytes_of(engine: Engine, num_images: int) -> int:
+    """Bytes of the pixels of so many images."""
+    return num_images * math.prod(engine.bundle.manifest.sample_shape)
 
 
 def evenly(wanted: int) -> Callable[[Preview], bool]:

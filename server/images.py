@@ -244,7 +244,7 @@ async def _events(
     shown = [0] * asked.n
     async with aclosing(images):
         async for i, image in images:
-            body = await encoded(service, 1, _event, engine, asked, i, image, shown[i])
+            body = await encoded(service, engine, 1, _event, engine, asked, i, image, shown[i])
             shown[i] += 1
             yield body
 

@@ -333,7 +333,7 @@ async def _events(
 ) -> AsyncGenerator[bytes]:
     async with aclosing(images):
         async for i, image in images:
-            yield await encoded(service, 1, _event, engine, call_id, requests[i].seed, i, image)
+            yield await encoded(service, engine, 1, _event, engine, call_id, requests[i].seed, i, image)
 
 
 def _failure(error: ApiError) -> _Json:

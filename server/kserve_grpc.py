@@ -356,7 +356,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         yield last
 
     async def _in_encoder(self, call: "_Call", images: list[Sample] | list[Preview], i: int = 0) -> Any:
-        return await encoded(self._service, len(images), call.response, images, i)
+        return await encoded(self._service, call.engine, len(images), call.response, images, i)
 
 
 def _unserved(name: str) -> Callable[[_Servicer, Any, Any], Awaitable[NoReturn]]:

@@ -49,7 +49,7 @@ class Settings(BaseModel):
     device: Literal["cpu", "cuda", "tensorrt"] = "cpu"  # the last two not run on a GPU yet
     precision: str = "float32"  # or what `fewstep export --precision` added to the bundles; tensorrt: of the engine
     simulate: str | None = None  # "A+B": a simulated accelerator, whose call on n rows takes A + B n ms
-    encoders: int = Field(default=1, ge=1, le=64)  # threads that encode images
+    encoders: int = Field(default=1, ge=1, le=64)  # threads that encode what is not small
     student_weights: dict[str, Share] = {}  # of the device, where several students have work; else 1
     # Limits
     max_waiting: int = Field(default=1024, ge=1)  # samples in line, per student

@@ -2,7 +2,7 @@
 
 Serving pays nothing for spans that nobody collects, and the engine nothing at all: it only remembers when its last
 ticks were (`Engine.recent`). A sample runs in every tick between its start and its end, so its steps are found
-afterwards, in an encoder's thread. A caller's W3C ``traceparent`` is the parent, and its sampling decision is kept.
+afterwards, by the encoders. A caller's W3C ``traceparent`` is the parent, and its sampling decision is kept.
 """
 
 import logging

@@ -75,13 +75,21 @@ def free_port() -> int:
 
 def ask(address: tuple[str, int], method: str, path: str, body: Any = None, key: str = "") -> tuple[int, Any]:
     """Status and JSON of an answer, on a connection of its own."""
+    status, content, _ = exchange(address, method, path, body, {"X-API-Key": key} if key else None)
+    return status, json.loads(content or b"null")
+
+
+def exchange(
+    address: tuple[str, int], method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> tuple[int, bytes, dict[str, str]]:
+    """Status, content and headers of an answer; ``body`` is sent as JSON, or as it is where it is bytes."""
     connection = http.client.HTTPConnection(*address, timeout=60)
-    headers = {"X-API-Key": key} if key else {}
-    connection.request(method, path, None if body is None else json.dumps(body), headers)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, data, headers or {})
     answer = connection.getresponse()
-    content = json.loads(answer.read() or b"null")
+    content = answer.read()
     connection.close()
-    return answer.status, content
+    return answer.status, content, {name.lower(): value for name, value in answer.getheaders()}
 
 
 @pytest.fixture(scope="session")

@@ -577,6 +577,19 @@ def test_kinds_come_by_their_weights() -> None:
     assert (kinds == 0).mean() == pytest.approx(0.75, abs=0.01)
 
 
+def test_prompts_and_seeds_of_a_trace_make_no_kinds(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    lines = [{"at": i / 200, "steps": 1 + i % 2, "label": i % 10, "seed": i} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    replayed = workload(arrivals=str(file), warmup_s=0, deadline_ms=5000)
+    assert [kind.name for kind in replayed.kinds] == ["steps=1", "steps=2"]
+    assert [dict(replayed.request(kind, i).fields) for i, kind in enumerate(replayed.schedule()[1])] == [
+        {"deadline_ms": 5000, "steps": one["steps"], "label": one["label"], "seed": one["seed"]} for one in lines
+    ]
+    made = bench(Address(str(make_bundle()), "in-process", threads=1), replayed, is_quiet=True)
+    assert {name: one["requests"] for name, one in made["kinds"].items()} == {"steps=1": 30, "steps=2": 30}
+
+
 def test_a_trace_is_replayed_and_may_be_scaled(tmp_path: Path) -> None:
     file = tmp_path / "trace.jsonl"
     file.write_text('10.0\n{"at": 10.5, "steps": 4}\n{"at": 12, "steps": 4}\n{"at": 11.0, "n": 2}\n')

@@ -18,7 +18,7 @@ import openai
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
-from conftest import free_port
+from conftest import exchange, free_port
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
@@ -38,15 +38,9 @@ CLI = [sys.executable, "-m", "fewstep.cli"]
 def ask(
     address: Address, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
 ) -> tuple[int, Any, dict[str, str]]:
-    connection = http.client.HTTPConnection(*address, timeout=60)
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection.request(method, path, data, headers or {})
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    told = {name.lower(): value for name, value in answer.getheaders()}
+    status, content, told = exchange(address, method, path, body, headers)
     is_json = told.get("content-type", "").startswith("application/json")
-    return answer.status, json.loads(content) if is_json else content, told
+    return status, json.loads(content) if is_json else content, told
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The HTTP server as its users meet it: a process of its own, stock clients, bad input, and leaving in good order."""
 
 import base64
-import http.client
 import io
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from conftest import exchange
 from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -37,15 +37,9 @@ def address(serving: Serving, make_bundle: Callable[..., Path]) -> Iterator[Addr
 
 
 def ask(address: Address, method: str, path: str, body: Any = None) -> tuple[int, Any, dict[str, str]]:
-    connection = http.client.HTTPConnection(*address, timeout=60)
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection.request(method, path, data)
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    headers = {name.lower(): value for name, value in answer.getheaders()}
+    status, content, headers = exchange(address, method, path, body)
     is_json = headers.get("content-type", "").startswith("application/json")
-    return answer.status, json.loads(content) if is_json and content else content.decode(), headers
+    return status, json.loads(content) if is_json and content else content.decode(), headers
 
 
 def generate(address: Address, **body: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import threading
 import time
 import weakref
@@ -45,6 +46,22 @@ def test_an_engine_that_failed_is_said_on_every_request(service: Service, client
         assert answer.json()["error"]["message"] == "the engine failed and takes no more requests; its log says why"
     assert client.get("/v2/health/live").status_code == 503
     assert client.post(LOAD).status_code == 503
+
+
+def test_an_answer_is_the_same_by_whichever_thread(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures here are small, so that an encoder's thread would never see one."""
+    body = {"prompt": "1", "seed": 5, "solver": "ddim", "num_inference_steps": 4}
+
+    def answers() -> list[list[Any]]:
+        streamed = client.post(IMAGES, json={**body, "stream": True, "partial_images": 2}).text.splitlines()
+        events = [json.loads(line.removeprefix("data: ")) for line in streamed if line.startswith("data: ")]
+        whole = client.post(IMAGES, json={**body, "n": 2}).json()["data"]
+        return [whole, [event["b64_json"] for event in events]]
+
+    on_the_loop = answers()
+    monkeypatch.setattr("fewstep.server.encoders.SMALL", 0)
+    assert answers() == on_the_loop
+    assert [len(part) for part in on_the_loop] == [2, 3]
 
 
 def test_pixels_leave_with_their_request(client: TestClient) -> None:
