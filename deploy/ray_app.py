@@ -5,8 +5,8 @@
 
 Each replica is one process with its own engines, and batches by itself: Ray chooses the replica for a request, the
 engine's scheduler all else. Ray refuses with 429 what is more than its line takes, as a replica does for its own, so
-that OpenAI's clients come back by themselves. A request that was under way on a replica that died ends with 500, which
-they ask again.
+that OpenAI's clients come back by themselves. A request that was under way on a replica that died ends with 500, or
+with 408 where Ray gave it to another one when its body had been read; they ask both again.
 
 Where the settings have a ``repository``, its students are multiplexed over the replicas. A request names one in Ray's
 header, and goes to a replica that has it where there is one; else a replica loads it, and lets go of the one that was

@@ -231,8 +231,8 @@ def test_a_replica_that_is_killed_under_load_loses_only_what_it_held(address: Ad
             is_over.set()
         statuses = sum((one.result(60) for one in plain), Counter[int]())
         assert all(one.result(60) for one in patient)
-    assert set(statuses) <= {200, 429, 500, 503}
-    lost = statuses[500] + statuses[503]
+    assert set(statuses) <= {200, 408, 429, 500, 503}  # 408: another replica got it, without the body
+    lost = statuses[408] + statuses[500] + statuses[503]
     assert 1 <= lost <= HELD, statuses  # what was under way there; the others had at least as much under way
     assert ask(address, seed=1)[0] == 200
 
