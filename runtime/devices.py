@@ -29,6 +29,7 @@ class Device(Protocol):
     """What the engine needs of a device; arrays it made are indexed and assigned among each other as numpy's are."""
 
     turn: AbstractContextManager[Any]  # entered around all that is done with the device
+    lags: bool  # whether it is still at work when a call returns, so that the host has time until `wait` does
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """Room on the device."""
@@ -56,6 +57,8 @@ class Device(Protocol):
 
 class Cpu:
     """Host memory; the compiled step, or numpy's. It does at once what it is asked."""
+
+    lags = False
 
     def __init__(self) -> None:
         self.turn: AbstractContextManager[Any] = nullcontext()
@@ -97,6 +100,8 @@ class Cuda:
     Raises:
         CudaError: see `CudaStep`.
     """
+
+    lags = True
 
     def __init__(self) -> None:
         self._steps = {STORED["float32"]: CudaStep()}

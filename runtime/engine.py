@@ -139,6 +139,7 @@ class Engine:
         self.load_s = 0.0  # how long loading took; told by who did
         self.others_s = 0.0  # since its last tick: the turns of others; told by who calls step()
         self.on_submit: Callable[[], None] = lambda: None  # wakes whoever calls step()
+        self.on_wait: Callable[[], None] = self.hand_out  # what to do while the device works
         shape = bundle.manifest.sample_shape
         elements = int(np.prod(shape))
         self._has_uncond = bundle.manifest.guidance.mode == "classifier-free"
@@ -167,6 +168,7 @@ class Engine:
         self._table: Array
         self._pack()
         self._scheduler = Scheduler(ageing_s)
+        self._made: list[tuple[Ticket, Sample]] = []  # finished, and not handed out yet
         self._is_closed = False
         self._why_closed = f"{bundle.name} is shutting down"
         self._lock = threading.Lock()  # around the scheduler; no future is touched under it
@@ -254,6 +256,7 @@ class Engine:
             self._is_closed, self._why_closed = True, why or self._why_closed
             waiting, over = self._scheduler.take(len(self._scheduler), self._clock())
         stopped = EngineStopped(self._why_closed)
+        self.hand_out()
         self._fail_running(stopped)
         for ticket in (*waiting, *over):
             self._fail(ticket, stopped)
@@ -261,12 +264,12 @@ class Engine:
     @property
     def is_done(self) -> bool:
         """Whether it was closed and has made everything it accepted."""
-        return self._is_closed and not len(self._slots) and not len(self._scheduler)
+        return self._is_closed and not self.has_work
 
     @property
     def has_work(self) -> bool:
         """Whether a tick would have anything to do."""
-        return bool(len(self._slots) or len(self._scheduler))
+        return bool(len(self._slots) or len(self._scheduler) or self._made)
 
     def place(self, future: Future[Sample]) -> int | None:
         """How many start before a request that waits; None when it does not wait any more."""
@@ -380,9 +383,9 @@ class Engine:
         return sum(1 for _ in self.tick()) > 0
 
     def tick(self) -> Iterator[int]:
-        """The same in two parts, for who has a clock of their own: it stops once, at its network call.
+        """The same in two parts, for who has a clock of their own: it stops once, while the device is at work.
 
-        What the call takes may pass before it goes on; requests may be submitted meanwhile, as by other threads.
+        What that takes may pass before it goes on; requests may be submitted meanwhile, as by other threads.
 
         Yields:
             Rows of the call. Nothing, if there is nothing to run.
@@ -392,6 +395,7 @@ class Engine:
                 yield from self._tick()
         except Exception as error:
             log.exception("%s: a tick failed; its %d samples are lost", self.bundle.name, len(self._slots))
+            self.hand_out()
             self._fail_running(StepFailed(f"the step failed: {error}"))
 
     def _tick(self) -> Iterator[int]:
@@ -402,19 +406,23 @@ class Engine:
         self._admit(start_s)
         rows = len(self._slots)
         if not rows:
+            self.hand_out()
             return
+        outputs, is_whole = rows, True
         try:
             outputs = self._gather(rows)
-            yield outputs
             raw = self._network(outputs)
         except Exception:
             log.exception("%s: a network call failed; its %d rows are run one by one", self.bundle.name, rows)
             self._one_by_one(rows)
-            outputs = 0
+            is_whole = False
         else:
+            if self._device.lags:
+                self.on_wait()
             self._correct(rows, raw)
             self._show(rows, raw)
             self._update(slice(0, rows), raw)
+        yield outputs
         self._device.wait()
         now_s = self._clock()
         self.recent.append((start_s, now_s, rows))
@@ -422,9 +430,11 @@ class Engine:
         self.counters.ticks += 1
         self.counters.row_steps += rows
         self.counters.busy_s += now_s - start_s
-        if outputs:
+        if is_whole:
             self.pace.add(outputs, now_s - start_s, self.others_s)
         self.others_s = 0.0
+        if not (self._device.lags and (len(self._slots) or len(self._scheduler))):
+            self.hand_out()
 
     def _one_by_one(self, rows: int) -> None:
         """Find the rows that a network call fails on, end those, and do the step of the others."""
@@ -580,21 +590,29 @@ class Engine:
         pixels = pixels.reshape(-1, *self.bundle.manifest.sample_shape)
         tickets = [slots.tickets[i] for i in finished]
         slots.remove(finished)
-        made: list[tuple[Ticket, Sample]] = []
         for i, ticket in enumerate(tickets):
-            if not is_finite[i]:
-                self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
-            elif not ticket.future.set_running_or_notify_cancel():
-                self.counters.add("cancelled")
-            else:
+            if is_finite[i]:
                 queue_s, run_s = ticket.started_s - ticket.submitted_s, now_s - ticket.started_s
-                made.append((ticket, Sample(pixels[i], ticket.request, queue_s, run_s, now_s)))
+                self._made.append((ticket, Sample(pixels[i], ticket.request, queue_s, run_s, now_s)))
+            else:
+                self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
+
+    def hand_out(self) -> None:
+        """Give the finished samples to those who wait for them; for the thread that steps.
+
+        A device that lags leaves time for it while it works, so that its next call does not wait for this.
+        """
+        finished, self._made = self._made, []
+        made = [(ticket, sample) for ticket, sample in finished if ticket.future.set_running_or_notify_cancel()]
+        if not finished:
+            return
         done = self.counters
         with done.lock:
+            done.cancelled += len(finished) - len(made)
             done.finished += len(made)
             done.queue_s += sum(sample.queue_s for _, sample in made)
             done.run_s += sum(sample.run_s for _, sample in made)
-            done.last_s = now_s if made else done.last_s
+            done.last_s = made[-1][1].ended_s if made else done.last_s
             for _, sample in made:
                 done.durations[bisect_left(DURATIONS_S, sample.queue_s + sample.run_s)] += 1
         for ticket, sample in made:
@@ -767,7 +785,7 @@ class EngineThread:
 
     def add(self, engine: Engine) -> None:
         """Run one more; one that is closed leaves by itself when it has made what it accepted."""
-        engine.on_submit = self.wake
+        engine.on_submit, engine.on_wait = self.wake, self._hand_out
         with self._lock:
             has_ended = self._has_ended
             self._engines = (*self._engines, engine)
@@ -815,6 +833,11 @@ class EngineThread:
             self._has_ended = True
         for engine in self._engines:
             engine.abandon(self._why)
+
+    def _hand_out(self) -> None:
+        """While an engine's call is under way, what all of them have finished finds its way."""
+        for engine in self._engines:
+            engine.hand_out()
 
     def _step_all(self) -> None:
         shares = Shares()
