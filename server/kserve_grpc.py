@@ -126,33 +126,41 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
         self._keys = service.keys
         self._is_logging = service.settings.access_log
         self._traces = service.traces
+        self._gated: dict[str, Any] = {}  # handlers by method
         self.num_calls = 0  # under way, without those who watch health or look at the reflection
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """The handler of a call; a call that is refused gets one that says so."""
-        start_s = time.perf_counter()
-        handler = await continuation(details)
-        if handler is None:
-            return None
-        metadata = {name: value for name, value in details.invocation_metadata or () if isinstance(value, str)}
-        name = request_id(metadata.get("x-request-id", ""))
-        refusal: ApiError | None = None
-        caller = ANYBODY
-        try:
-            caller = caller_of_call(self._keys, details.method, metadata)
-            CALLER.set(caller)
-        except ApiError as error:
-            refusal = error
+        """The handler of a method, behind the gate."""
+        method = details.method
+        if method not in self._gated:
+            handler = await continuation(details)
+            if handler is None:  # there is no such method
+                return None
+            self._gated[method] = self._behind(method, handler)
+        return self._gated[method]
+
+    def _behind(self, method: str, handler: Any) -> Any:
+        num = int(not method.startswith("/grpc.reflection"))
 
         @asynccontextmanager
         async def answering(context: Any) -> AsyncGenerator[None]:
             """Around the work: what it raises becomes a status, and the log has a line when it is over."""
+            start_s = time.perf_counter()
+            metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+            name = request_id(metadata.get("x-request-id", ""))
+            REQUEST_ID.set(name)
+            refusal: ApiError | None = None
+            caller = ANYBODY
+            try:
+                caller = caller_of_call(self._keys, method, metadata)
+                CALLER.set(caller)
+            except ApiError as error:
+                refusal = error
             status: Any = None
             traces = None if refusal else self._traces
-            with traces.request(details.method, metadata, name) if traces else nullcontext() as tell:
-                self.num_calls += 1
+            with traces.request(method, metadata, name) if traces else nullcontext() as tell:
+                self.num_calls += num
                 try:
-                    REQUEST_ID.set(name)
                     context.set_trailing_metadata((("x-request-id", name),))
                     if refusal:
                         raise refusal
@@ -164,18 +172,18 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
                     raise
                 except Exception as error:
                     status = grpc.StatusCode.INTERNAL
-                    await _abort(context, _crash(details.method, error))
+                    await _abort(context, _crash(method, error))
                 except BaseException:  # the client left, or the server stops
                     status = grpc.StatusCode.CANCELLED
                     raise
                 finally:
-                    self.num_calls -= 1
+                    self.num_calls -= num
                     if tell or self._is_logging:
                         status = status or context.code() or grpc.StatusCode.OK
                     if tell:
                         tell(status.name, status in _FAULTS)
                     if self._is_logging:
-                        log_access(details.method, str(status), start_s, name, caller)
+                        log_access(method, str(status), start_s, name, caller)
 
         async def unary(request: Any, context: Any) -> Any:
             async with answering(context):
@@ -194,8 +202,6 @@ class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs are 
         }  # fmt: skip
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(unary, **coding)
-        if handler.stream_stream and not refusal and details.method.startswith("/grpc.reflection"):
-            return handler
         return grpc.stream_stream_rpc_method_handler(stream, **coding) if handler.stream_stream else handler
 
 
