@@ -205,8 +205,11 @@ def free_ports(number: int) -> list[int]:
 
 def stop(pid: int) -> None:
     """End a process and all its descendants, and no others: not every Ray of the machine, as ``ray stop`` does."""
-    root = psutil.Process(pid)
-    tree = [root, *root.children(recursive=True)]
+    try:
+        root = psutil.Process(pid)
+        tree = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:  # it ended by itself
+        return
     for process in tree:
         with suppress(psutil.NoSuchProcess):
             process.terminate()

@@ -380,12 +380,15 @@ class Engine:
         Returns:
             Whether there was anything to run.
         """
-        return sum(1 for _ in self.tick()) > 0
+        has_run = sum(1 for _ in self.tick()) > 0
+        self.hand_out()
+        return has_run
 
     def tick(self) -> Iterator[int]:
         """The same in two parts, for who has a clock of their own: it stops once, while the device is at work.
 
-        What that takes may pass before it goes on; requests may be submitted meanwhile, as by other threads.
+        What that takes may pass before it goes on; requests may be submitted meanwhile, as by other threads. What is
+        finished on a device that lags is handed out in the next tick, or by `hand_out`.
 
         Yields:
             Rows of the call. Nothing, if there is nothing to run.
@@ -433,7 +436,7 @@ class Engine:
         if is_whole:
             self.pace.add(outputs, now_s - start_s, self.others_s)
         self.others_s = 0.0
-        if not (self._device.lags and (len(self._slots) or len(self._scheduler))):
+        if not self._device.lags:
             self.hand_out()
 
     def _one_by_one(self, rows: int) -> None:
@@ -849,7 +852,8 @@ class EngineThread:
             if busy:
                 engine = min(busy, key=shares.due)
                 start_s, due = time.monotonic(), shares.due(engine)
-                engine.step()
+                for _ in engine.tick():
+                    pass
                 took_s = time.monotonic() - start_s
                 shares.charge(engine, due, took_s / engine.weight)
                 shares.serve(due)

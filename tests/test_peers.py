@@ -1,6 +1,9 @@
 """The comparison with peers is fair: what they run makes the very images that our engine makes."""
 
 import base64
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,19 @@ def test_a_peers_batch_of_any_mix_has_the_engines_bits(is_padded: bool, simulate
     expected = [encode(sample.to_uint8()) for sample in engine.generate(requests)]
     for asks, images in ((ASKS, expected), (ASKS[:2], expected[:2])):  # the second batch finds what the first left
         assert [base64.b64decode(image) for image in sampler(asks)] == images
+
+
+def test_a_peers_simulated_calls_take_their_time() -> None:
+    sampler = Sampler(Setup(str(Bundle.load().path), 0, 16, 1, "10+1"))
+    start_s = time.perf_counter()
+    sampler([Ask(0, 1, 4), Ask(0, 2, 1)])
+    assert time.perf_counter() - start_s >= 0.012 + 3 * 0.011
+
+
+def test_a_server_that_ended_by_itself_is_no_error_when_it_is_stopped() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    load_script("peers").stop(process.pid)
 
 
 def test_every_peer_and_scenario_names_files_and_servers_that_are_there() -> None:

@@ -109,6 +109,7 @@ class Sampler:
             called = num if self._is_padded else active
             self._backend.inputs["t"][:active] = self._table["t"][row[:active]]
             update(active, self._backend(called).reshape(called, -1))
+            self._backend.device.wait()
         images: list[str] = [""] * num
         for place, i in enumerate(order):
             picture = encode(to_uint8(self._x[place].reshape(self._shape)))
