@@ -488,7 +488,8 @@ def test_text_logs_are_for_people_and_off_by_default(serving: Serving, make_bund
 def test_every_line_of_the_log_is_true(serving: Serving, make_bundle: Callable[..., Path]) -> None:
     """A path cannot forge one, a call that was cut short is none that went well, and a failure names its request."""
     port = free_port()
-    with serving(make_bundle(nan_label=3), "--access-log", "--grpc-port", str(port)) as (process, address):
+    flags = ("--access-log", "--max-rows", "2", "--grpc-port", str(port))
+    with serving(make_bundle(nan_label=3), *flags) as (process, address):
         forged = "/x%0a2026-01-01%2000:00:00,000%20INFO%20fewstep.access:%20forged%e2%80%a8"
         assert ask(address, "GET", forged)[0] == 404
         for path, body in ((IMAGES, {"prompt": "3"}), ("/v2/models/digits/generate_stream", {"text_input": "3"})):
@@ -499,7 +500,10 @@ def test_every_line_of_the_log_is_true(serving: Serving, make_bundle: Callable[.
             request.parameters["label"].int64_param = 3
             with pytest.raises(grpc.RpcError, match="not finite"):
                 stub.ModelInfer(request, metadata=[("x-request-id", "nan-grpc")])
-            request.parameters["label"].int64_param = 4
+            for name, value in (("label", 4), ("steps", 8), ("preview_every", 1)):  # long enough to be cut
+                request.parameters[name].int64_param = value
+            seeds = request.inputs.add(name="SEED", datatype="UINT64", shape=[64])
+            seeds.contents.uint64_contents.extend(range(64))
             asked: queue.Queue[Any] = queue.Queue()
             asked.put(request)
             call = stub.ModelStreamInfer(iter(asked.get, None), metadata=[("x-request-id", "cut")])
