@@ -230,6 +230,7 @@ class _Simulation:
 
     def _end(self, number: int, tick: Iterator[int]) -> None:
         next(tick, None)
+        self._engines[number].hand_out()
         self._at(self._now_s + self._replica.between_ms / 1000, partial(self._start, number))
 
     def _took_s(self, rows: int) -> float:

@@ -44,12 +44,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=2.5, help="of load in each round")
     parser.add_argument("--threads", type=int, default=1, help="of one network call, in both")
+    parser.add_argument("--max-rows", type=int, default=None, help="rows of a call at most; the server's default")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     bundle = Bundle.load(options.bundle)
     command = [sys.executable, "-m", "fewstep.cli", "serve", str(bundle.path), "--port", "0"]
-    server = subprocess.Popen([*command, "--threads", str(options.threads)], stdout=subprocess.PIPE, text=True)
+    command += ["--threads", str(options.threads)]
+    if options.max_rows is not None:
+        command += ["--max-rows", str(options.max_rows)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         url = "http://" + server.stdout.readline().split(" at http://")[1].split()[0].rstrip("/")

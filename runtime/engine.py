@@ -139,7 +139,7 @@ class Engine:
         self.load_s = 0.0  # how long loading took; told by who did
         self.others_s = 0.0  # since its last tick: the turns of others; told by who calls step()
         self.on_submit: Callable[[], None] = lambda: None  # wakes whoever calls step()
-        self.on_wait: Callable[[], None] = self.hand_out  # what to do while the device works
+        self.on_wait: Callable[[], None] = self.hand_out  # what to do before waiting for the network
         shape = bundle.manifest.sample_shape
         elements = int(np.prod(shape))
         self._has_uncond = bundle.manifest.guidance.mode == "classifier-free"
@@ -388,7 +388,7 @@ class Engine:
         """The same in two parts, for who has a clock of their own: it stops once, while the device is at work.
 
         What that takes may pass before it goes on; requests may be submitted meanwhile, as by other threads. What is
-        finished on a device that lags is handed out in the next tick, or by `hand_out`.
+        finished is handed out in the next tick, or by `hand_out`.
 
         Yields:
             Rows of the call. Nothing, if there is nothing to run.
@@ -412,6 +412,8 @@ class Engine:
             self.hand_out()
             return
         outputs, is_whole = rows, True
+        if not self._device.lags:
+            self.on_wait()
         try:
             outputs = self._gather(rows)
             raw = self._network(outputs)
@@ -436,8 +438,6 @@ class Engine:
         if is_whole:
             self.pace.add(outputs, now_s - start_s, self.others_s)
         self.others_s = 0.0
-        if not self._device.lags:
-            self.hand_out()
 
     def _one_by_one(self, rows: int) -> None:
         """Find the rows that a network call fails on, end those, and do the step of the others."""
@@ -603,7 +603,8 @@ class Engine:
     def hand_out(self) -> None:
         """Give the finished samples to those who wait for them; for the thread that steps.
 
-        A device that lags leaves time for it while it works, so that its next call does not wait for this.
+        Where the next call waits for the network, that is just before it: the threads that this wakes then find the
+        interpreter's lock free. A device that lags leaves time for it while it works.
         """
         finished, self._made = self._made, []
         made = [(ticket, sample) for ticket, sample in finished if ticket.future.set_running_or_notify_cancel()]
@@ -838,7 +839,7 @@ class EngineThread:
             engine.abandon(self._why)
 
     def _hand_out(self) -> None:
-        """While an engine's call is under way, what all of them have finished finds its way."""
+        """Before the thread waits for an engine's network, what all of them have finished finds its way."""
         for engine in self._engines:
             engine.hand_out()
 

@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -37,13 +38,21 @@ def _png(pixels: Pixels) -> bytes:
     height, width, channels = pixels.shape
     lines = np.zeros((height, 1 + width * channels), np.uint8)  # each line begins with its filter, none
     lines[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
     data = _stored(lines.tobytes()) if lines.size <= _STORED else zlib.compress(lines.data, 1)
-    return b"".join((b"\x89PNG\r\n\x1a\n", *_chunk(b"IHDR", header), *_chunk(b"IDAT", data), *_chunk(b"IEND", b"")))
+    return b"".join((_png_head(width, height, channels), *_chunk(b"IDAT", data), _PNG_END))
+
+
+@lru_cache(maxsize=64)
+def _png_head(width: int, height: int, channels: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    return b"".join((b"\x89PNG\r\n\x1a\n", *_chunk(b"IHDR", header)))
 
 
 def _chunk(kind: bytes, data: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     return struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+_PNG_END = b"".join(_chunk(b"IEND", b""))
 
 
 def _stored(data: bytes) -> bytes:

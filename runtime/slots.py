@@ -68,12 +68,13 @@ class Slots:
     def remove(self, places: Sequence[int]) -> None:
         """Free places; rows from the end move there."""
         rows = len(self.tickets) - len(places)
-        free = [i for i in places if i < rows]
-        if free:
+        gaps = [i for i in places if i < rows]
+        if gaps:
             left = set(places)
-            moving = [i for i in range(rows, len(self.tickets)) if i not in left]
-            for i, j in zip(free, moving, strict=True):
+            last = [i for i in range(rows, len(self.tickets)) if i not in left]
+            for i, j in zip(gaps, last, strict=True):
                 self.tickets[i] = self.tickets[j]
+            free, moving = np.array(gaps), np.array(last)  # once: numpy would make them of lists for each array
             for array in (self.x, self.network_input, self.history, self.table_row, self.left):
                 array[free] = array[moving]
             for array in (self.seed, self.guidance, self.label):

@@ -162,6 +162,22 @@ def test_samples_are_handed_out_while_the_device_is_at_work_on_the_next_call(bak
     assert (engine.counters.finished, engine.has_work) == (2, False)
 
 
+def test_where_the_call_itself_waits_samples_are_handed_out_just_before_it(baked: Bundle) -> None:
+    """What else the tick has to do is done by then: who is woken finds the interpreter's lock free."""
+    events: list[str] = []
+    engine = late_engine(baked, "device", events, max_rows=1)
+    engine._device.lags = False
+    (finished,) = ask(engine, events, 2)
+    finished.add_done_callback(lambda _: events.append(f"{engine.num_running} runs"))
+    ask(engine, events, 1)
+    for _ in range(3):
+        tick(engine)
+    once = ["device is called", "device is ready"]
+    assert events == [*once * 2, "sample of 2", "1 runs", *once]
+    tick(engine)
+    assert events[-1] == "sample of 1"
+
+
 def test_a_finished_sample_does_not_wait_for_a_call_that_nobody_wants(baked: Bundle) -> None:
     events: list[str] = []
     engine = late_engine(baked, "device", events, max_rows=1)
