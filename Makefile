@@ -1,7 +1,7 @@
 # make demo     install, start a server, ask it for samples, write demo.png
 # make serve    the same, and go on serving at port 8000 until Ctrl-C
 # make test     install everything, then lint, types and tests
-# make proofs   the full load, abort, reload and fuzzing tests, into docs/results/proofs.json; twenty minutes
+# make proofs   the full load, abort, reload and fuzzing tests, into docs/results/proofs.json; a quarter of an hour
 # make gpu      on a machine with a GPU: its tests and benchmarks, into docs/results/gpu.json; not run on a GPU yet
 #
 # All of it happens in the folder .venv, gpu in .venv-gpu. PYTHON=python3.12 chooses another interpreter, ARGS="--port 9000" adds to

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .files import replace_all
 from .prediction import Prediction
 from .solvers import why_no_table
 from .tableau import Tableau, TableauError
@@ -344,15 +345,21 @@ def write_manifest(path: Path, fields: Mapping[str, Any]) -> Manifest:
         BundleError: a field is not valid.
     """
     files = {name: _sha256(path / name) for name in _files_below(path) if name != MANIFEST}
+    manifest = _manifest(path, fields, files)
+    replace_all({path / MANIFEST: _text_of(manifest)})
+    return manifest
+
+
+def _manifest(path: Path, fields: Mapping[str, Any], files: Mapping[str, str]) -> Manifest:
     try:
-        manifest = Manifest.model_validate({"format": FORMAT, **fields, "files": files})
+        return Manifest.model_validate({"format": FORMAT, **fields, "files": files})
     except ValidationError as error:
         first = error.errors()[0]
         raise BundleError(f"{path / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    partial = path / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    partial.replace(path / MANIFEST)
-    return manifest
+
+
+def _text_of(manifest: Manifest) -> bytes:
+    return (json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def add_tables(path: Path, tableaus: Sequence[Tableau], is_default: bool = False) -> Bundle:
@@ -364,7 +371,8 @@ def add_tables(path: Path, tableaus: Sequence[Tableau], is_default: bool = False
         is_default: whether requests that say no more than a number of steps get them.
 
     Raises:
-        BundleError: the folder holds no bundle, or one that comes with the package.
+        BundleError: the folder holds no bundle, or one that comes with the package, or cannot be written; nothing was
+            changed.
         TableauError: a table does not fit it; nothing was changed.
     """
     bundle = Bundle.load(path)
@@ -373,15 +381,23 @@ def add_tables(path: Path, tableaus: Sequence[Tableau], is_default: bool = False
     for tableau in tableaus:
         bundle.refuse_misfit(tableau)
     held = {key: name for name in bundle.manifest.files if (key := _key_of(bundle, name)) is not None}
+    added: dict[str, bytes] = {}
     for tableau in tableaus:
         name = held.get((tableau.name, tableau.num_steps), f"tableaus/{tableau.name}-{tableau.num_steps}.safetensors")
-        tableau.save(bundle.path / name)
+        added[name] = tableau.to_bytes()
     fields = json.loads((bundle.path / MANIFEST).read_text("utf-8"))
     del fields["format"], fields["files"]
     if is_default:
         by_steps = fields["default_tableau"].setdefault("by_steps", {})
         by_steps |= {str(tableau.num_steps): tableau.name for tableau in tableaus}
-    write_manifest(bundle.path, fields)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in added.items()}
+    manifest = _manifest(bundle.path, fields, dict(sorted({**bundle.manifest.files, **hashes}.items())))
+    whole = {**added, MANIFEST: _text_of(manifest)}
+    try:
+        replace_all({bundle.path / name: content for name, content in whole.items()})
+    except OSError as error:
+        reason = f"{path}: the tables cannot be written: {error.strerror}; nothing was changed"
+        raise BundleError(reason) from None
     return Bundle.load(bundle.path)
 
 

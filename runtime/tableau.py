@@ -16,7 +16,6 @@ A table is a file: safetensors, float64, its header in the metadata. It says whi
 
 import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ..kernels import StepRow
+from .files import replace_all
 from .prediction import FORMS, Form, Prediction, form_weights
 
 Array = NDArray[np.float64]
@@ -258,11 +258,13 @@ class Tableau:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the table to a file, which is replaced at once or not at all."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        """Write the table to a file, which is replaced at once or not at all.
+
+        Raises:
+            TableauError: it cannot be written.
+        """
         try:
-            partial.write_bytes(self.to_bytes())
-            partial.replace(path)
+            replace_all({path: self.to_bytes()})
         except OSError as error:
             raise TableauError(f"{path}: cannot be written: {error.strerror}") from None
 

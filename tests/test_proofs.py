@@ -64,6 +64,7 @@ def note(name: str, **figures: Any) -> None:
         file = Path(RESULTS)
         kept = json.loads(file.read_text()) if file.exists() else {}
         kept[name] = {"scale": SCALE, **figures}
+        kept["command"] = "make proofs"
         # How busy the machine is with other things decides the times here, and not what is right.
         kept["machine"] = {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
         file.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")

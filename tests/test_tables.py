@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import resource
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -333,3 +336,20 @@ def test_tables_are_added_to_a_bundle(bundle_copy: Path, tmp_path: Path) -> None
     result = CliRunner().invoke(app, ["table", "add", str(bundle_copy), str(tmp_path / "bad.safetensors")])
     assert isinstance(result.exception, TableauError)
     assert Bundle.load(bundle_copy).tableaus.keys() == after.tableaus.keys()
+
+
+def test_where_tables_cannot_be_written_the_bundle_stays_what_it_was(bundle_copy: Path, tmp_path: Path) -> None:
+    """The system lets no file grow past the size of the first table: the second one does not fit."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    dpmpp_2m(karras(4, 0.1, 10.0)).save(first)
+    dpmpp_2m(karras(64, 0.1, 10.0)).save(second)
+    limit = first.stat().st_size
+    assert second.stat().st_size > limit
+    files = {file: file.read_bytes() for file in bundle_copy.rglob("*") if file.is_file()}
+    process = subprocess.run(
+        [sys.executable, "-m", "fewstep.cli", "table", "add", bundle_copy, first, second], capture_output=True,
+        text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    said = f"fewstep: {bundle_copy}: the tables cannot be written: File too large; nothing was changed\n"
+    assert (process.returncode, process.stderr) == (2, said)
+    assert {file: file.read_bytes() for file in bundle_copy.rglob("*") if file.is_file()} == files
