@@ -4,10 +4,11 @@
 
 Bare: the student's step graph called in a loop at the batch size the server reached, CPU time per image.
 Server: the serving process under 32 clients, one image a request, its whole CPU time (from the operating
-system) per image. Both alternate in one run, and the figure is the median of the pairwise ratios; 1 would mean
-that HTTP, JSON, scheduling, the solver step, noise, PNG and base64 cost nothing. Where the time goes is told by
-thread: the event loop is the first of the process, the engine is the one that takes the most, since it runs the
-network, and the rest are encoders and those that only wait.
+system) per image. Both alternate in one run; each load is held against the mean of the bare calls before and
+after it, since the machine's pace drifts, and the figure is the median of these ratios. 1 would mean that HTTP,
+JSON, scheduling, the solver step, noise, PNG and base64 cost nothing. Where the time goes is told by thread: the
+event loop is the first of the process, the engine is the one that takes the most, since it runs the network, and
+the rest are encoders and those that only wait.
 """
 
 import argparse
@@ -62,12 +63,14 @@ def main() -> None:
         rows = round(batch_of(url, bundle, lambda: load(url, bundle, options.clients, 1.0)))
         bare = Bare(bundle, rows, options.threads)
         rounds = []
+        before_ms = bare.cpu_ms_per_image(options.seconds / 2)
         for _ in range(options.rounds):
-            bare_ms = bare.cpu_ms_per_image(options.seconds / 2)
             before_s, before = cpu_seconds(server.pid), cpu_by_thread(server.pid)
             images, took_s, latencies = load(url, bundle, options.clients, options.seconds)
             server_ms = 1000 * (cpu_seconds(server.pid) - before_s) / images
             after = cpu_by_thread(server.pid)
+            after_ms = bare.cpu_ms_per_image(options.seconds / 2)
+            bare_ms, before_ms = (before_ms + after_ms) / 2, after_ms
             taken = {thread: 1000 * (after[thread] - before.get(thread, 0.0)) / images for thread in after}
             loop_ms = taken.pop(server.pid)
             engine_ms = max(taken.values())
