@@ -3,9 +3,11 @@
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
 
+import errno
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from .runtime import Bundle, Tableau
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write fails with where there is no room
 
 app = typer.Typer(
     name="fewstep",
@@ -337,10 +341,13 @@ def generate(
     columns = len(wanted) if len(wanted) > 1 else max(1, round(num**0.5))
     rows = [pixels[i : i + columns] for i in range(0, num, columns)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    if num == 1:
-        output.write_bytes(encode(pixels[0]))
-    else:
-        grid(rows).save(output, "PNG")
+    try:
+        if num == 1:
+            output.write_bytes(encode(pixels[0]))
+        else:
+            grid(rows).save(output, "PNG")
+    except OSError as error:
+        _stop(f"--output: {output} cannot be written: {error.strerror}")
     calls = tableau.num_steps
     print(f"{output}: {num} images by {tableau.name} with {calls} steps, {1000 * took_s / num:.1f} ms each")
 
@@ -1082,8 +1089,13 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("fewstep."):
             _stop(str(error))
+        if isinstance(error, shutil.Error):  # of a folder's files: what, where to, why
+            _, copy, reason = error.args[0][0]
+            _stop(f"{copy}: cannot be written: {reason}")
         if isinstance(error, OSError) and error.filename is not None:
             _stop(f"{error.filename}: {error.strerror}")
+        if isinstance(error, OSError) and error.errno in _FULL:  # a write, which does not know its file's name
+            _stop(f"a file cannot be written: {error.strerror}; make room, and do it again")
         raise
 
 

@@ -1,5 +1,7 @@
 """What a command cannot use ends it with status 2 and one line that names the option, before the work is done."""
 
+import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.cli import main
+from fewstep.kernels import native_step
 from fewstep.runtime import Bundle
 from fewstep.runtime.schedules import karras
 from fewstep.runtime.solvers import ddim
@@ -69,6 +72,34 @@ def test_what_cannot_be_done_is_said_first(
     assert said in err
     assert err.count("\n") == 1
     assert {each.name for each in tmp_path.iterdir()} == {"file", "folder"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("generate --num 4 -o out.png", "--output: out.png cannot be written: File too large"),
+        (
+            f"fit {TEACHER} --method dode --solver ddim --steps 3 -o t.table",
+            "t.table: cannot be written: File too large",
+        ),
+        ("export fashion-mnist-mm4 -o fast --precision float16", "cannot be written: [Errno 27] File too large"),
+        ("export fashion-mnist-mm4 --triton repository", "cannot be written: "),
+        ("generate -o out.png", "--output: out.png cannot be written: File too large"),
+        ("capacity 40+1 --rate 5 --replicas 1 --json out.json", "--json: out.json: File too large"),
+    ],
+)
+def test_a_full_disk_is_told_in_one_line(words: str, said: str, tmp_path: Path) -> None:
+    """The system lets no file grow at all."""
+    native_step()  # compiled and kept, if it was not yet
+    process = subprocess.run(
+        [sys.executable, "-m", "fewstep.cli", *words.split()], capture_output=True, text=True, cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    )  # fmt: skip
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("fewstep: ")
+    assert said in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size]
 
 
 def test_a_bundle_of_the_package_is_not_changed(run: Run, tmp_path: Path) -> None:
