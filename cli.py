@@ -3,11 +3,9 @@
 Each command imports what it needs when it runs, so that serving never loads torch and ``--help`` is quick.
 """
 
-import errno
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from .runtime import Bundle, Tableau
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write fails with where there is no room
 
 app = typer.Typer(
     name="fewstep",
@@ -347,7 +343,7 @@ def generate(
         else:
             grid(rows).save(output, "PNG")
     except OSError as error:
-        _stop(f"--output: {output} cannot be written: {error.strerror}")
+        _stop(f"--output: {output} cannot be written: {error.strerror or error}")
     calls = tableau.num_steps
     print(f"{output}: {num} images by {tableau.name} with {calls} steps, {1000 * took_s / num:.1f} ms each")
 
@@ -1080,6 +1076,21 @@ def _stop(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def _stop_at_file(error: OSError) -> None:
+    """Stop where the error is one of a file that is used or made; else return."""
+    import shutil
+
+    from .runtime.files import NO_ROOM
+
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of a folder: what, where to, why, of each
+        _, copy, reason = error.args[0][0]
+        _stop(f"{copy}: cannot be written: {reason}")
+    if error.filename is not None:
+        _stop(f"{error.filename}: {error.strerror}")
+    if error.errno in NO_ROOM:  # a write does not know its file's name
+        _stop(f"a file cannot be written: {error.strerror}; make room, and do it again")
+
+
 def main() -> None:
     """Entry point: errors of the user's are one line on stderr and exit status 2."""
     try:
@@ -1089,13 +1100,8 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("fewstep."):
             _stop(str(error))
-        if isinstance(error, shutil.Error):  # of a folder's files: what, where to, why
-            _, copy, reason = error.args[0][0]
-            _stop(f"{copy}: cannot be written: {reason}")
-        if isinstance(error, OSError) and error.filename is not None:
-            _stop(f"{error.filename}: {error.strerror}")
-        if isinstance(error, OSError) and error.errno in _FULL:  # a write, which does not know its file's name
-            _stop(f"a file cannot be written: {error.strerror}; make room, and do it again")
+        if isinstance(error, OSError):
+            _stop_at_file(error)
         raise
 
 

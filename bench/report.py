@@ -23,6 +23,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..runtime.files import replace_all
 from .errors import BenchError
 from .generator import SLICES, Records
 from .targets import About, Address
@@ -219,9 +220,7 @@ def save(file: Path, made: Round, *, is_added: bool = False) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if rounds:  # never between the old rounds and the new ones with neither
-            fresh = file.with_name(f"{file.name}.new")
-            fresh.write_text(text + "\n", "utf-8")
-            fresh.replace(file)
+            replace_all({file: (text + "\n").encode()})
         else:
             file.write_text(text + "\n", "utf-8")
     except OSError as error:

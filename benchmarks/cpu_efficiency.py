@@ -63,14 +63,14 @@ def main() -> None:
         rows = round(batch_of(url, bundle, lambda: load(url, bundle, options.clients, 1.0)))
         bare = Bare(bundle, rows, options.threads)
         rounds = []
-        before_ms = bare.cpu_ms_per_image(options.seconds / 2)
+        bare_before_ms = bare.cpu_ms_per_image(options.seconds / 2)
         for _ in range(options.rounds):
             before_s, before = cpu_seconds(server.pid), cpu_by_thread(server.pid)
             images, took_s, latencies = load(url, bundle, options.clients, options.seconds)
             server_ms = 1000 * (cpu_seconds(server.pid) - before_s) / images
             after = cpu_by_thread(server.pid)
-            after_ms = bare.cpu_ms_per_image(options.seconds / 2)
-            bare_ms, before_ms = (before_ms + after_ms) / 2, after_ms
+            bare_after_ms = bare.cpu_ms_per_image(options.seconds / 2)
+            bare_ms, bare_before_ms = (bare_before_ms + bare_after_ms) / 2, bare_after_ms
             taken = {thread: 1000 * (after[thread] - before.get(thread, 0.0)) / images for thread in after}
             loop_ms = taken.pop(server.pid)
             engine_ms = max(taken.values())

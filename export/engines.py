@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import onnx
 
+from ..runtime.files import replace_all
 from ..runtime.gpu_backends import capability
 from .onnx_file import save_model
 from .step_graph import ExportError
@@ -119,7 +120,7 @@ def build_engine(
     if data is None:
         raise ExportError(f"TensorRT built no engine: {said[0] if said else 'it gave no reason'}")
     if timing_cache is not None:
-        _write(timing_cache, bytes(config.get_timing_cache().serialize()))
+        replace_all({timing_cache: bytes(config.get_timing_cache().serialize())})  # builds may share the file
     return BuiltEngine(bytes(data), str(trt.__version__), network.num_layers, built_for)
 
 
@@ -132,18 +133,6 @@ def _gpu_at_hand() -> str:
     except Exception as error:  # CuPy's own, of the driver
         told = f"and there is none: {error}"
     raise ExportError(f"the full TensorRT builds for the GPU at hand, {told}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all: builds may share the file."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
-            file.write(data)
-            file.close()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def _logger(trt: Any, said: list[str]) -> Any:

@@ -6,9 +6,7 @@ and renamed, so a kill at any moment leaves the old one or the new one.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ..runtime.files import NO_ROOM, replace_all
 from .architectures import AnyNetwork, build_network
 from .diffusers_teacher import Description
 from .network import NetworkConfig
@@ -112,23 +111,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, atomically: if it fails, what was there before still is."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else the rename itself may be lost with the power
-    except OSError:
-        pass  # a file system that cannot sync folders
-    finally:
-        os.close(folder)
+        replace_all({path: content})
 
 
 @contextmanager
@@ -137,7 +121,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "mend that"
+        remedy = "make room" if error.errno in NO_ROOM else "mend that"
         kept = f"what was written before is kept: {remedy} and run the same command again"
         raise WriteError(f"{path}: cannot be written ({error.strerror or error}); {kept}") from None
 
