@@ -400,8 +400,8 @@ def test_cancelled_calls_leave_the_others_alone(where: Where, variant: str) -> N
 def test_an_inflight_model_stops_the_samples_of_a_client_that_went_away(
     environment: Environment, tmp_path: Path
 ) -> None:
-    """Thirty-two images under way or in the engine's line, cancelled: who comes next waits for few of them."""
-    write_model(Bundle.load(), tmp_path / "repository", name="student", max_rows=16, threads=1)
+    """A hundred images under way or in the engine's line, cancelled: who comes next waits for few of them."""
+    write_model(Bundle.load(), tmp_path / "repository", name="student", max_rows=64, threads=1)
     asked = {"LABEL": 1, "STEPS": 8}
     ended: queue.Queue[Any] = queue.Queue()
     shares = []
@@ -415,24 +415,24 @@ def test_an_inflight_model_stops_the_samples_of_a_client_that_went_away(
                 client.async_infer(
                     "student", inputs(triton_grpc, {**asked, "SEED": i}), lambda result, error: ended.put(error)
                 )
-                for i in range(32)
+                for i in range(128)
             ]
 
-        for _ in range(4):
+        for _ in range(3):
             start_s = time.monotonic()
             all_at_once()
-            assert [ended.get(timeout=60) for _ in range(32)] == [None] * 32
+            assert [ended.get(timeout=60) for _ in range(128)] == [None] * 128
             took_s = time.monotonic() - start_s
             start_s = time.monotonic()
             calls = all_at_once()
-            time.sleep(0.1 * took_s)
+            time.sleep(0.3 * took_s)
             for call in calls:
                 call.cancel()
             over_grpc(grpc, "student", {**asked, "SEED": 7, "STEPS": 1})
             shares.append((time.monotonic() - start_s) / took_s)
-            for _ in range(32):
+            for _ in range(128):
                 ended.get(timeout=60)
-    assert sorted(shares)[1] < 0.4, shares  # about 0.2; were they finished, it would be 0.9
+    assert sorted(shares)[1] < 0.65, shares  # about 0.4; were they finished, it would be 0.9
 
 
 def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
