@@ -5,25 +5,33 @@
 Bare: the student's step graph called in a loop at the batch size the server reached, CPU time per image.
 Server: the serving process under 32 clients, one image a request, its whole CPU time (from the operating
 system) per image. Both alternate in one run; each load is held against the mean of the bare calls before and
-after it, since the machine's pace drifts, and the figure is the median of these ratios. 1 would mean that HTTP,
-JSON, scheduling, the solver step, noise, PNG and base64 cost nothing. Where the time goes is told by thread: the
+after it, since the machine's pace drifts, and the figure is the median of these ratios. Both are processes that are
+launched several times, since where the system puts a process's memory makes its network some hundredths faster or
+slower for as long as it lives. 1 would mean that HTTP, JSON, scheduling, the solver step, noise, PNG and base64 cost
+nothing. Where the time goes is told by thread: the
 event loop is the first of the process, the engine is the one that takes the most, since it runs the network, and
 the rest are encoders and those that only wait.
+
+What is not the network is Python, so it counts how the interpreter was compiled: ``--python`` takes several, each of
+an environment with fewstep, and serves with each by turns.
 """
 
 import argparse
 import asyncio
 import base64
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -42,112 +50,184 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", default=None, help="a folder or an embedded name; the embedded student")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--launches", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6, help="of each launch")
     parser.add_argument("--seconds", type=float, default=2.5, help="of load in each round")
     parser.add_argument("--threads", type=int, default=1, help="of one network call, in both")
     parser.add_argument("--max-rows", type=int, default=None, help="rows of a call at most; the server's default")
+    parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters that serve; this one")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     bundle = Bundle.load(options.bundle)
-    command = [sys.executable, "-m", "fewstep.cli", "serve", str(bundle.path), "--port", "0"]
-    command += ["--threads", str(options.threads)]
+    arguments = ["serve", str(bundle.path), "--port", "0", "--threads", str(options.threads)]
     if options.max_rows is not None:
-        command += ["--max-rows", str(options.max_rows)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        url = "http://" + server.stdout.readline().split(" at http://")[1].split()[0].rstrip("/")
-        check(url, bundle)
-        load(url, bundle, options.clients, 1.0)  # warm
-        rows = round(batch_of(url, bundle, lambda: load(url, bundle, options.clients, 1.0)))
-        bare = Bare(bundle, rows, options.threads)
-        rounds = []
-        bare_before_ms = bare.cpu_ms_per_image(options.seconds / 2)
-        for _ in range(options.rounds):
-            before_s, before = cpu_seconds(server.pid), cpu_by_thread(server.pid)
-            images, took_s, latencies = load(url, bundle, options.clients, options.seconds)
-            server_ms = 1000 * (cpu_seconds(server.pid) - before_s) / images
-            after = cpu_by_thread(server.pid)
-            bare_after_ms = bare.cpu_ms_per_image(options.seconds / 2)
-            bare_ms, bare_before_ms = (bare_before_ms + bare_after_ms) / 2, bare_after_ms
-            taken = {thread: 1000 * (after[thread] - before.get(thread, 0.0)) / images for thread in after}
-            loop_ms = taken.pop(server.pid)
-            engine_ms = max(taken.values())
-            rounds.append({"bare_ms": bare_ms, "server_ms": server_ms, "images_per_s": images / took_s,
-                           "p50_ms": 1000 * statistics.median(latencies), "event_loop_ms": loop_ms,
-                           "engine_ms": engine_ms, "others_ms": sum(taken.values()) - engine_ms})  # fmt: skip
-            print(f"bare {bare_ms:.3f} ms, server {server_ms:.3f} ms an image: {bare_ms / server_ms:.3f}", flush=True)
-    finally:
-        server.terminate()
-        server.wait()
-    efficiency = statistics.median(r["bare_ms"] / r["server_ms"] for r in rounds)
+        arguments += ["--max-rows", str(options.max_rows)]
+    rounds: list[list[dict[str, float]]] = [[] for _ in options.python]
+    for launch in range(options.launches):
+        with ExitStack() as stack:
+            servers = [stack.enter_context(serving(python, arguments)) for python in options.python]
+            clients, rows = [], []
+            for _, url in servers:
+                check(url, bundle)
+                clients.append(stack.enter_context(Clients(url, bundle, options.clients)))
+                clients[-1].load(1.0)  # warm
+                rows.append(round(batch_of(url, bundle, partial(clients[-1].load, 1.0))))
+            bare = stack.enter_context(Bare(bundle, rows[0], options.threads))
+            bare_before_ms = bare.cpu_ms_per_image(options.seconds / 2)
+            for i in range(options.rounds):
+                for which in (range(len(servers)), reversed(range(len(servers))))[i % 2]:
+                    pid, before = servers[which][0], cpu_by_thread(servers[which][0])
+                    images, took_s, latencies = clients[which].load(options.seconds)
+                    after = cpu_by_thread(pid)
+                    bare_after_ms = bare.cpu_ms_per_image(options.seconds / 2)
+                    bare_ms, bare_before_ms = (bare_before_ms + bare_after_ms) / 2, bare_after_ms
+                    taken = {thread: 1000 * (after[thread] - before.get(thread, 0.0)) / images for thread in after}
+                    server_ms, loop_ms = sum(taken.values()), taken.pop(pid)
+                    engine_ms = max(taken.values())
+                    rounds[which].append({
+                        "launch": launch, "rows_per_call": rows[which], "bare_ms": bare_ms, "server_ms": server_ms,
+                        "images_per_s": images / took_s, "p50_ms": 1000 * statistics.median(latencies),
+                        "event_loop_ms": loop_ms, "engine_ms": engine_ms, "others_ms": sum(taken.values()) - engine_ms,
+                    })  # fmt: skip
+                    ratio = bare_ms / server_ms
+                    print(f"bare {bare_ms:.3f} ms, server {server_ms:.3f} ms an image: {ratio:.3f}", flush=True)
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/cpu_efficiency.py", *sys.argv[1:]]),
         "machine": machine(),
         "bundle": bundle.name,
         "clients": options.clients,
-        "rows_per_call": rows,
+        "servers": [
+            {"python": version(python), **summary(its), "rounds": its}
+            for python, its in zip(options.python, rounds, strict=True)
+        ],
+    }
+    for server in result["servers"]:
+        print(f"Python {server['python']}")
+        print("  " + ", ".join(f"{part} {value:.3f} ms an image" for part, value in server["ms_per_image"].items()))
+        told = f"  CPU efficiency {server['cpu_efficiency']:.3f}, half of the rounds {server['quartiles']}"
+        print(f"{told}, launches {server['by_launch']}, at {options.clients} clients")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@contextmanager
+def serving(python: str, arguments: list[str]) -> Iterator[tuple[int, str]]:
+    """A server's process number and address."""
+    server = subprocess.Popen([python, "-m", "fewstep.cli", *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        yield server.pid, "http://" + server.stdout.readline().split(" at http://")[1].split()[0].rstrip("/")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def version(python: str) -> str:
+    """What an interpreter says of itself: its version, and when and by what it was compiled."""
+    asked = [python, "-c", "import sys; print(' '.join(sys.version.split()))"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """The figure, and where the time of an image goes."""
+    ratios = [r["bare_ms"] / r["server_ms"] for r in rounds]
+    low, efficiency, high = statistics.quantiles(ratios)
+    launches = sorted({r["launch"] for r in rounds})
+    return {
         "cpu_efficiency": round(efficiency, 4),
+        "quartiles": [round(low, 4), round(high, 4)],
+        "by_launch": [
+            median(ratio for ratio, r in zip(ratios, rounds, strict=True) if r["launch"] == launch)
+            for launch in launches
+        ],
         "ms_per_image": {
             "network": median(r["bare_ms"] for r in rounds),
             "engine beside the network": median(r["engine_ms"] - r["bare_ms"] for r in rounds),
             "event loop": median(r["event_loop_ms"] for r in rounds),
             "encoder and others": median(r["others_ms"] for r in rounds),
         },
-        "rounds": rounds,
     }
-    print(", ".join(f"{part} {value:.3f} ms an image" for part, value in result["ms_per_image"].items()))
-    print(f"CPU efficiency {efficiency:.3f} at {options.clients} clients, {rows} rows a call")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 class Bare:
-    """The network alone."""
+    """The network alone, in a process of its own."""
 
     def __init__(self, bundle: Bundle, rows: int, threads: int) -> None:
-        self.steps = bundle.manifest.default_tableau.num_steps
-        self.rows = rows
-        self.backend = OnnxBackend(bundle.network, rows, bundle.manifest.sample_shape, threads)
-        rng = np.random.default_rng(0)
-        self.backend.inputs["x"][:] = rng.standard_normal(self.backend.inputs["x"].shape)
-        self.backend(rows)
+        self._ours, theirs = get_context("spawn").Pipe()
+        arguments = (theirs, bundle.path, rows, threads)
+        self._process = get_context("spawn").Process(target=call_the_network, args=arguments, daemon=True)
+        self._process.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.join()
 
     def cpu_ms_per_image(self, seconds: float) -> float:
         """CPU time of one image's network calls."""
-        calls, start_s, end_s = 0, time.process_time(), time.perf_counter() + seconds
+        self._ours.send(seconds)
+        took_ms: float = self._ours.recv()
+        return took_ms
+
+
+def call_the_network(told: "Connection[float, float]", bundle_path: Path, rows: int, threads: int) -> None:
+    """Call it for as many seconds as is told, and tell the CPU time of an image in milliseconds; again and again."""
+    bundle = Bundle.load(bundle_path)
+    backend = OnnxBackend(bundle.network, rows, bundle.manifest.sample_shape, threads)
+    x = backend.inputs["x"]
+    x[:] = np.random.default_rng(0).standard_normal(x.shape)
+    backend(rows)
+    while True:
+        calls, end_s = 0, told.recv() + time.perf_counter()
+        start_s = time.process_time()
         while time.perf_counter() < end_s:
-            self.backend(self.rows)
+            backend(rows)
             calls += 1
-        return 1000 * (time.process_time() - start_s) / (calls * self.rows) * self.steps
+        took_ms = 1000 * (time.process_time() - start_s) / (calls * rows)
+        told.send(took_ms * bundle.manifest.default_tableau.num_steps)
 
 
-def load(url: str, bundle: Bundle, clients: int, seconds: float) -> tuple[int, float, list[float]]:
-    """Closed-loop load: images made, seconds taken, latency of each request.
+class Clients:
+    """Closed-loop load: each client asks for its next image when it has the last one, on a connection that stays open.
 
     One thread with the benchmark's own client, since every CPU cycle and cache line of a client on the same machine is
     one that the server does not have.
     """
-    latencies: list[float] = []
-    prompt = bundle.manifest.labels.names[0] if bundle.manifest.labels else ""
-    start_s = time.perf_counter()
 
-    async def client(http: HttpClient, number: int) -> None:
-        body = json.dumps({"prompt": prompt, "seed": number}).encode()
-        while (asked_s := time.perf_counter()) < start_s + seconds:
-            answer = await http.request("POST", IMAGES, body)
-            assert answer.status == 200, answer.body
-            latencies.append(time.perf_counter() - asked_s)
+    def __init__(self, url: str, bundle: Bundle, num: int) -> None:
+        self._http = HttpClient(url)
+        self._num = num
+        self._prompt = bundle.manifest.labels.names[0] if bundle.manifest.labels else ""
+        self._runner = asyncio.Runner()
 
-    async def clients_together() -> None:
-        http = HttpClient(url)
-        await asyncio.gather(*(client(http, number) for number in range(clients)))
-        http.close()
+    def __enter__(self) -> Self:
+        return self
 
-    asyncio.run(clients_together())
-    return len(latencies), time.perf_counter() - start_s, latencies
+    def __exit__(self, *error: object) -> None:
+        self._http.close()
+        self._runner.close()
+
+    def load(self, seconds: float) -> tuple[int, float, list[float]]:
+        """Images made, seconds taken, latency of each request."""
+        return self._runner.run(self._together(seconds))
+
+    async def _together(self, seconds: float) -> tuple[int, float, list[float]]:
+        latencies: list[float] = []
+        start_s = time.perf_counter()
+
+        async def client(number: int) -> None:
+            body = json.dumps({"prompt": self._prompt, "seed": number}).encode()
+            while (asked_s := time.perf_counter()) < start_s + seconds:
+                answer = await self._http.request("POST", IMAGES, body)
+                assert answer.status == 200, answer.body
+                latencies.append(time.perf_counter() - asked_s)
+
+        await asyncio.gather(*map(client, range(self._num)))
+        return len(latencies), time.perf_counter() - start_s, latencies
 
 
 def check(url: str, bundle: Bundle) -> None:
@@ -173,7 +253,7 @@ def batch_of(url: str, bundle: Bundle, work: Callable[[], Any]) -> float:
 
 
 def median(values: Iterable[float]) -> float:
-    """To the microsecond."""
+    """To three places."""
     return round(statistics.median(values), 3)
 
 
@@ -181,12 +261,6 @@ def cpu_by_thread(pid: int) -> dict[int, float]:
     """Seconds on a core of each thread of a process, from the kernel, by the thread's number."""
     return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9
             for task in Path(f"/proc/{pid}/task").iterdir()}  # fmt: skip
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, all threads, from the kernel."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
