@@ -170,6 +170,48 @@ def fused_step(
         step_numpy(*arrays, scratch)
 
 
+class BoundStep:
+    """`fused_step` for arrays that stay where they are: what it has to know of them is asked once.
+
+    Args:
+        table: see `step_reference`, as are the others.
+        row: see there; ``[capacity]``, and so on for the others, of which a call moves some rows.
+        x: see there.
+        history: see there.
+        uncond: see there.
+        guidance: see there.
+        seed: see there.
+        network_input: see there; may have more rows.
+    """
+
+    def __init__(
+        self,
+        table: Array,
+        row: NDArray[np.int32],
+        x: Floats,
+        history: Floats,
+        uncond: NDArray[np.int32],
+        guidance: Floats,
+        seed: NDArray[np.uint64],
+        network_input: Array,
+    ) -> None:
+        self._arrays: tuple[Array, ...] = (table, row, x, history, uncond, guidance, seed, network_input)
+        self._scratch: Scratch | None = None
+        native = native_step()
+        fits = network_input.dtype == np.float32 and all(map(_is_contiguous, self._arrays))
+        self._move = native.bind(*self._arrays) if native is not None and fits else None
+
+    def __call__(self, first: int, last: int, raw: Array) -> None:
+        """Move the rows from ``first`` to before ``last``; output ``i`` of ``raw`` is that of row ``first + i``."""
+        if self._move is not None and raw.dtype == np.float32 and raw.flags.c_contiguous:
+            self._move(first, last, raw)
+            return
+        table, *others = self._arrays
+        row, x, history, uncond, guidance, seed, network_input = (array[first:last] for array in others)
+        self._scratch = self._scratch or Scratch(*others[1].shape)
+        step_numpy(table, row, x, history, raw, uncond, guidance, seed, network_input, self._scratch)
+
+
 def step_numpy(
     table: Array,
     row: NDArray[np.int32],

@@ -65,6 +65,33 @@ class NativeStep:
         to_table, to_row, *others = _pointers(table, row, x, history, raw, uncond, guidance, seed, network_input)
         self._step(to_table, table.strides[0], to_row, rows, elements, slots, *others)
 
+    def bind(
+        self,
+        table: Array,
+        row: NDArray[np.int32],
+        x: Floats,
+        history: Floats,
+        uncond: NDArray[np.int32],
+        guidance: Floats,
+        seed: NDArray[np.uint64],
+        network_input: Array,
+    ) -> Callable[[int, int, Array], None]:
+        """`step` for arrays that stay where they are; gives what moves the rows from one to before another.
+
+        To ask nine arrays for their addresses takes as long as to move a small batch.
+        """
+        elements, slots = x.shape[1], history.shape[1]
+        arrays = (row, x, history, uncond, guidance, seed, network_input)
+        starts = [(array.ctypes.data, array.strides[0]) for array in arrays]
+        to_table, row_bytes, step = table.ctypes.data, table.strides[0], self._step
+
+        def move(first: int, last: int, raw: Array, _: Any = (table, arrays)) -> None:  # whoever has this, keeps them
+            to_row, to_x, to_history, *others = [start + first * stride for start, stride in starts]
+            (to_raw,) = _pointers(raw)
+            step(to_table, row_bytes, to_row, last - first, elements, slots, to_x, to_history, to_raw, *others)
+
+        return move
+
     def normals(self, seed: NDArray[np.uint64], noise_id: NDArray[np.uint32], out: Floats) -> None:
         """`noise.normals` into ``out``, C-contiguous."""
         rows, elements = out.shape

@@ -9,18 +9,19 @@ is current during the engine's turn, and a turn ends when the stream is empty. S
 took, an error of the GPU ends the requests that it concerns, and what was sent up may be overwritten in the next turn.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..kernels import fused_step
+from ..kernels import BoundStep
 from ..kernels.cuda import STORED, CudaStep
-from ..kernels.fused_step import Scratch
 
 Array = Any  # numpy's or CuPy's
 HostArray = NDArray[Any]
+Step = Callable[[int, int, Array], None]  # moves the rows from one to before another, given the network's output
 
 _PINNED = 1 << 20  # bytes of pinned memory for what goes up in a turn
 
@@ -47,11 +48,11 @@ class Device(Protocol):
         """Wait for what is under way."""
         ...
 
-    def step(
-        self, table: HostArray, row: HostArray, x: Array, history: Array, raw: Array, uncond: HostArray,
-        guidance: HostArray, seed: HostArray, network_input: Array,
-    ) -> None:  # fmt: skip
-        """`kernels.fused_step`, with the books on the host and the state on the device."""
+    def bind(
+        self, table: HostArray, row: HostArray, x: Array, history: Array, uncond: HostArray, guidance: HostArray,
+        seed: HostArray, network_input: Array,
+    ) -> Step:  # fmt: skip
+        """`kernels.BoundStep`, with the books on the host and the state on the device."""
         ...
 
 
@@ -62,7 +63,6 @@ class Cpu:
 
     def __init__(self) -> None:
         self.turn: AbstractContextManager[Any] = nullcontext()
-        self._scratch: Scratch | None = None
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """See `Device`."""
@@ -79,15 +79,12 @@ class Cpu:
     def wait(self) -> None:
         """See `Device`."""
 
-    def step(
-        self, table: HostArray, row: HostArray, x: Array, history: Array, raw: Array, uncond: HostArray,
-        guidance: HostArray, seed: HostArray, network_input: Array,
-    ) -> None:  # fmt: skip
+    def bind(
+        self, table: HostArray, row: HostArray, x: Array, history: Array, uncond: HostArray, guidance: HostArray,
+        seed: HostArray, network_input: Array,
+    ) -> Step:  # fmt: skip
         """See `Device`."""
-        rows, elements = x.shape
-        if self._scratch is None or len(self._scratch.y) < rows or self._scratch.y.shape[1] != elements:
-            self._scratch = Scratch(rows, elements)
-        fused_step(table, row, x, history, raw, uncond, guidance, seed, network_input, self._scratch)
+        return BoundStep(table, row, x, history, uncond, guidance, seed, network_input)
 
 
 class Cuda:
@@ -115,7 +112,6 @@ class Cuda:
         self._pinned: HostArray = cupyx.empty_pinned(_PINNED, np.uint8)
         self._used = 0
         self._books = self.zeros((0,), np.uint8)  # seed, row, uncond and guidance of the rows, one after the other
-        self._table: tuple[HostArray, Array] | None = None  # the packed table, and its copy on the device
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """See `Device`."""
@@ -138,30 +134,33 @@ class Cuda:
         self.stream.synchronize()
         self._used = 0
 
-    def step(
-        self, table: HostArray, row: HostArray, x: Array, history: Array, raw: Array, uncond: HostArray,
-        guidance: HostArray, seed: HostArray, network_input: Array,
-    ) -> None:  # fmt: skip
+    def bind(
+        self, table: HostArray, row: HostArray, x: Array, history: Array, uncond: HostArray, guidance: HostArray,
+        seed: HostArray, network_input: Array,
+    ) -> Step:  # fmt: skip
         """See `Device`."""
-        if self._table is None or self._table[0] is not table:  # a table is replaced as a whole, never changed
-            flat = np.frombuffer(table.tobytes(), np.uint8).reshape(len(table), table.itemsize)
-            on_device = self.zeros(flat.shape, np.uint8)
-            on_device.set(flat, self.stream)
-            self._table = table, on_device
-        books = (seed, row, uncond, guidance)  # in one copy
-        ends = np.cumsum([array.nbytes for array in books]).tolist()
-        staged = self._stage(ends[-1])
-        if self._books.size < staged.size:
-            self._books = self.zeros((staged.size,), np.uint8)
-        starts = [0, *ends[:-1]]
-        for array, start, end in zip(books, starts, ends, strict=True):
-            staged[start:end].view(array.dtype)[...] = array
-        self._books[: staged.size].set(staged, self.stream)
-        seed_, row_, uncond_, guidance_ = (
-            self._books[start:end].view(array.dtype) for array, start, end in zip(books, starts, ends, strict=True)
-        )
-        step = self._step_for(network_input.dtype)
-        step(self._table[1], row_, x, history, raw, uncond_, guidance_, seed_, network_input)
+        kernel = self._step_for(network_input.dtype)
+        flat = np.frombuffer(table.tobytes(), np.uint8).reshape(len(table), table.itemsize)
+        on_device = self.zeros(flat.shape, np.uint8)
+        on_device.set(flat, self.stream)
+
+        def step(first: int, last: int, raw: Array) -> None:
+            books = [array[first:last] for array in (seed, row, uncond, guidance)]  # in one copy
+            ends = np.cumsum([array.nbytes for array in books]).tolist()
+            staged = self._stage(ends[-1])
+            if self._books.size < staged.size:
+                self._books = self.zeros((staged.size,), np.uint8)
+            starts = [0, *ends[:-1]]
+            for array, start, end in zip(books, starts, ends, strict=True):
+                staged[start:end].view(array.dtype)[...] = array
+            self._books[: staged.size].set(staged, self.stream)
+            seed_, row_, uncond_, guidance_ = (
+                self._books[start:end].view(array.dtype) for array, start, end in zip(books, starts, ends, strict=True)
+            )
+            part = slice(first, last)
+            kernel(on_device, row_, x[part], history[part], raw, uncond_, guidance_, seed_, network_input[part])
+
+        return step
 
     def _step_for(self, dtype: np.dtype[Any]) -> CudaStep:
         if dtype not in self._steps:

@@ -27,6 +27,7 @@ from ..kernels import pack_rows
 from ..kernels.fused_step import Array
 from .backends import Backend, OnnxBackend
 from .bundle import Bundle, BundleError
+from .devices import Step
 from .hooks import Output
 from .pace import Pace, ticks_to_end, ticks_to_start
 from .request import (
@@ -41,6 +42,7 @@ from .request import (
     SampleFuture,
     StepFailed,
     Ticket,
+    to_uint8,
 )
 from .scheduler import AGEING_S, Scheduler, Shares
 from .slots import Slots
@@ -49,6 +51,7 @@ from .tableau import Tableau, TableauError
 log = logging.getLogger("fewstep")
 
 LAST_TICK_S = 5.0  # for the tick that runs when time is up
+SMALL = 4096  # elements of a sample up to which those of a tick become uint8 together: to call numpy is what takes long
 MAX_LOADED = 256  # tables that may be loaded over a bundle's own
 DURATIONS_S = (
     0.005,
@@ -166,6 +169,7 @@ class Engine:
         self._packed: dict[str, Array] = {}  # by hash: the rows as the kernel reads them
         self._rows_of: dict[str, range] = {}  # by hash: which rows of self._table
         self._table: Array
+        self._step: Step  # bound to the table and the slots
         self._pack()
         self._scheduler = Scheduler(ageing_s)
         self._made: list[tuple[Ticket, Sample]] = []  # finished, and not handed out yet
@@ -426,7 +430,7 @@ class Engine:
                 self.on_wait()
             self._correct(rows, raw)
             self._show(rows, raw)
-            self._update(slice(0, rows), raw)
+            self._update(0, rows, raw)
         yield outputs
         self._device.wait()
         now_s = self._clock()
@@ -453,7 +457,7 @@ class Engine:
             else:
                 self._correct(1, raw)
                 self._show(1, raw)
-                self._update(slice(0, 1), raw)
+                self._update(0, 1, raw)
             if behind is not None:
                 self._input[1] = behind
         failed = [i for i, ticket in enumerate(slots.tickets) if id(ticket) in lost]
@@ -504,7 +508,7 @@ class Engine:
                 continue
             slots.add(ticket, rows, label, scale)
         if len(slots) > first:
-            self._update(slice(first, len(slots)), self._input)  # the start row reads no network output
+            self._update(first, len(slots), self._input)  # the start row reads no network output
 
     def _gather(self, rows: int) -> int:
         """Say the network's small inputs for the first rows; how many rows its call takes, guidance included."""
@@ -532,14 +536,10 @@ class Engine:
     def _network(self, outputs: int) -> Array:
         return self._backend(outputs).reshape(outputs, -1)
 
-    def _update(self, part: slice, raw: Array) -> None:
-        slots = self._slots
-        self._device.step(
-            self._table, slots.table_row[part], slots.x[part], slots.history[part], raw, self._uncond[part],
-            slots.guidance[part], slots.seed[part], self._input[part],
-        )  # fmt: skip
-        slots.table_row[part] += 1
-        slots.left[part] -= 1
+    def _update(self, first: int, last: int, raw: Array) -> None:
+        self._step(first, last, raw)
+        self._slots.table_row[first:last] += 1
+        self._slots.left[first:last] -= 1
 
     def _output(self, i: int, raw: Array) -> Output:
         """What the network said of row ``i``, on the host; before the update, which moves ``x`` on."""
@@ -593,10 +593,11 @@ class Engine:
         pixels = pixels.reshape(-1, *self.bundle.manifest.sample_shape)
         tickets = [slots.tickets[i] for i in finished]
         slots.remove(finished)
+        pictures = to_uint8(pixels) if pixels[0].size <= SMALL else [None] * len(pixels)
         for i, ticket in enumerate(tickets):
             if is_finite[i]:
                 queue_s, run_s = ticket.started_s - ticket.submitted_s, now_s - ticket.started_s
-                self._made.append((ticket, Sample(pixels[i], ticket.request, queue_s, run_s, now_s)))
+                self._made.append((ticket, Sample(pixels[i], ticket.request, queue_s, run_s, now_s, pictures[i])))
             else:
                 self._fail(ticket, SampleFailed("the sample is not finite: the network gave NaN or infinity"))
 
@@ -670,10 +671,14 @@ class Engine:
         stop = 0
         for sha256, rows in packed.items():
             rows_of[sha256] = range(stop, stop := stop + len(rows))
-        for i, ticket in enumerate(self._slots.tickets):
+        slots, table = self._slots, np.concatenate(list(packed.values()))
+        step = self._device.bind(
+            table, slots.table_row, slots.x, slots.history, self._uncond, slots.guidance, slots.seed, self._input
+        )
+        for i, ticket in enumerate(slots.tickets):
             sha256 = ticket.request.tableau.sha256
-            self._slots.table_row[i] += rows_of[sha256].start - self._rows_of[sha256].start
-        self._table = np.concatenate(list(packed.values()))
+            slots.table_row[i] += rows_of[sha256].start - self._rows_of[sha256].start
+        self._table, self._step = table, step
         self._packed, self._rows_of = packed, rows_of
 
     def _refuse_other_inputs(self) -> None:

@@ -54,6 +54,7 @@ class Sample:
     queue_s: float  # from submission to the first network call
     run_s: float  # from the first network call to the last update
     ended_s: float = 0.0  # on time.monotonic()
+    picture: NDArray[np.uint8] | None = None  # what `to_uint8` gives, where it is there already
 
     @property
     def num_steps(self) -> int:
@@ -62,7 +63,7 @@ class Sample:
 
     def to_uint8(self) -> NDArray[np.uint8]:
         """``[height, width, channels]``; see `to_uint8`."""
-        return to_uint8(self.pixels)
+        return to_uint8(self.pixels) if self.picture is None else self.picture
 
 
 # float32 already, since to convert a number takes longer than to scale a small image by it
@@ -70,7 +71,7 @@ _SCALE, _SHIFT, _BLACK, _WHITE = np.float32(127.5), np.float32(128), np.float32(
 
 
 def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """``[channels, height, width]`` as ``[height, width, channels]``, -1 to 0 and 1 to 255, rounded to nearest.
+    """``[..., channels, height, width]`` in -1 to 1 as ``[..., height, width, channels]`` in 0 to 255, rounded.
 
     What is not a number, as a preview may be of a sample that fails, is black.
     """
@@ -78,7 +79,7 @@ def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     np.fmin(scaled, _WHITE, out=scaled)
     scaled *= _SCALE
     scaled += _SHIFT
-    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(1, 2, 0))
+    return np.ascontiguousarray(scaled.astype(np.uint8).swapaxes(-3, -1).swapaxes(-3, -2))
 
 
 class RequestError(Exception):
@@ -128,9 +129,26 @@ class StepFailed(SampleFailed):
 
 
 class SampleFuture(Future[Sample]):
-    """A request's future. To ask it whether it was cancelled takes no lock: it is asked before every step."""
+    """A request's future. To ask it for a sample that is there, or whether it was cancelled, takes no lock.
+
+    The one it is asked several times for each sample, the other before every step.
+    """
 
     is_cancelled = False
+    _sample: Sample | None = None
+
+    def set_result(self, result: Sample) -> None:
+        """See `concurrent.futures.Future.set_result`."""
+        self._sample = result
+        super().set_result(result)
+
+    def result(self, timeout: float | None = None) -> Sample:
+        """See `concurrent.futures.Future.result`."""
+        return self._sample or super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """See `concurrent.futures.Future.exception`."""
+        return None if self._sample else super().exception(timeout)
 
     def cancel(self) -> bool:
         """See `concurrent.futures.Future.cancel`."""

@@ -81,15 +81,20 @@ class Scheduler:
     def add(self, ticket: Ticket) -> None:
         """Put a request in line."""
         request = ticket.request
-        level = self._levels.setdefault(request.priority, _Level())
+        level = self._level(request.priority)
         due = level.shares.due(request.caller)
         level.shares.charge(request.caller, due, request.tableau.num_steps / request.weight)
         self._put(level, due, ticket)
 
     def put_back(self, ticket: Ticket) -> None:
         """Put a request that had started at the head of its level; it costs its caller nothing more."""
-        level = self._levels.setdefault(ticket.request.priority, _Level())
-        self._put(level, -math.inf, ticket)
+        self._put(self._level(ticket.request.priority), -math.inf, ticket)
+
+    def _level(self, priority: int) -> _Level:
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = _Level()
+        return level
 
     def _put(self, level: _Level, due: float, ticket: Ticket) -> None:
         heapq.heappush(level.line, (due, next(self._arrival), ticket))
@@ -115,7 +120,8 @@ class Scheduler:
             return None
         head = self._levels[self._next(now_s)].line[0][2]
         priority, rank = head.request.priority, head.rank(now_s, self._ageing_s)
-        below = [i for i, ticket in enumerate(running) if self.gives_way(ticket, priority, rank, now_s)]
+        lower = [i for i, ticket in enumerate(running) if ticket.request.priority < priority]
+        below = [i for i in lower if self.gives_way(running[i], priority, rank, now_s)]
         return min(below, key=lambda i: (running[i].request.priority, -left[i])) if below else None
 
     def num_of(self, caller: str) -> int:

@@ -228,13 +228,18 @@ def _answer(engine: Engine, asked: ImageRequest, arrived_s: float, samples: list
         "size": f"{width}x{height}",
         "output_format": image_format,
         "timings": {
-            "queue_ms": round(last.queue_s * 1000, 3),
-            "run_ms": round(last.run_s * 1000, 3),
-            "encode_ms": round((now_s - start_s) * 1000, 3),
-            "total_ms": round((now_s - arrived_s) * 1000, 3),
+            "queue_ms": _ms(last.queue_s),
+            "run_ms": _ms(last.run_s),
+            "encode_ms": _ms(now_s - start_s),
+            "total_ms": _ms(now_s - arrived_s),
         },
     }
     return Response(to_json(answer), media_type="application/json")
+
+
+def _ms(seconds: float) -> float:
+    """Milliseconds, to the microsecond; `round` goes through text, which takes several times as long."""
+    return int(1e6 * seconds + 0.5) / 1000
 
 
 async def _events(

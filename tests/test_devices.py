@@ -57,16 +57,21 @@ class OtherDevice:
     def wait(self) -> None:
         pass
 
-    def step(
-        self, table: Any, row: Any, x: Any, history: Any, raw: Any, uncond: Any, guidance: Any, seed: Any,
-        network_input: Any,
-    ) -> None:  # fmt: skip
-        for array in (x, history, raw, network_input):
+    def bind(
+        self, table: Any, row: Any, x: Any, history: Any, uncond: Any, guidance: Any, seed: Any, network_input: Any
+    ) -> Any:
+        for array in (x, history, network_input):
             assert isinstance(array, Guarded)
         for array in (table, row, uncond, guidance, seed):
             assert not isinstance(array, Guarded)
-        x, history, raw, network_input = (array.view(np.ndarray) for array in (x, history, raw, network_input))
-        Cpu().step(table, row, x, history, raw, uncond, guidance, seed, network_input)
+        x, history, network_input = (array.view(np.ndarray) for array in (x, history, network_input))
+        step = Cpu().bind(table, row, x, history, uncond, guidance, seed, network_input)
+
+        def on_guarded(first: int, last: int, raw: Any) -> None:
+            assert isinstance(raw, Guarded)
+            step(first, last, raw.view(np.ndarray))
+
+        return on_guarded
 
 
 class OtherBackend:

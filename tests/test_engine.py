@@ -31,6 +31,7 @@ from fewstep.runtime import (
     TableauError,
 )
 from fewstep.runtime.backends import Backend, BackendError, OnnxBackend
+from fewstep.runtime.request import to_uint8
 from fewstep.runtime.schedules import flow, karras
 from fewstep.runtime.simulated import simulated
 from fewstep.runtime.solvers import ddim, dpmpp_2m
@@ -223,6 +224,25 @@ def test_pixels_become_bytes_by_rounding_to_nearest(baked: Bundle) -> None:
     assert np.abs(sample.to_uint8() - exact.transpose(1, 2, 0)).max() <= 0.5 + 1e-4
     odd = replace(sample, pixels=np.array([[[np.nan, np.inf, -np.inf, 3e38]]], np.float32))  # and without a warning
     assert odd.to_uint8().ravel().tolist() == [0, 255, 0, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_become_bytes_together_as_they_do_alone(channels: int) -> None:
+    pixels = np.random.default_rng(0).standard_normal((5, channels, 4, 6), np.float32)
+    together = to_uint8(pixels)
+    assert together.shape == (5, 4, 6, channels)
+    assert np.array_equal(together, np.stack([to_uint8(one) for one in pixels]))
+
+
+def test_a_samples_bytes_are_those_of_its_pixels(baked: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is small, so that they are made with those of its tick, or not."""
+    requests = [Request(seed, baked.tableau("ddim", 1 + seed % 2), 0) for seed in range(6)]
+    small = engine_of(baked).generate(requests)
+    monkeypatch.setattr("fewstep.runtime.engine.SMALL", 0)
+    for one, other in zip(small, engine_of(baked).generate(requests), strict=True):
+        assert one.picture is not None
+        assert other.picture is None
+        assert np.array_equal(one.to_uint8(), other.to_uint8())
 
 
 # --- order, cancellation, deadlines, the bound

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fewstep.kernels import StepRow, fused_step, native_step, normals, pack_rows, row_dtype, step_reference
+from fewstep.kernels import BoundStep, StepRow, fused_step, native_step, normals, pack_rows, row_dtype, step_reference
 from fewstep.kernels.fused_step import Scratch
 from fewstep.kernels.noise import philox
 
@@ -124,6 +124,28 @@ def test_the_fused_step_is_the_reference_to_the_bit(
     case = Case(np.random.default_rng(seed), rows, elements, history, dtype)
     for got, wanted in zip(case.run(fused_step), case.run(step_reference), strict=True):
         assert got.tobytes() == wanted.tobytes()
+
+
+@given(**CASES, before=st.integers(0, 3), behind=st.integers(0, 3))
+@settings(max_examples=200, deadline=None)
+def test_a_bound_step_moves_the_rows_it_is_told_and_no_others(
+    seed: int, rows: int, elements: int, history: int, dtype: type[Any], before: int, behind: int
+) -> None:
+    """Bound once, to the arrays of a pool; the second call finds what the first one left."""
+    case = Case(np.random.default_rng(seed), rows, elements, history, dtype)
+    alone: list[Array] = [
+        array.copy() for array in (case.row, case.x, case.history, case.uncond, case.guidance, case.seed)
+    ]
+    alone.append(np.zeros((rows, elements), dtype))
+    pool = [np.concatenate([array[:1].repeat(before, 0), array, array[:1].repeat(behind, 0)]) for array in alone]
+    others = [np.delete(array, slice(before, before + rows), 0).tobytes() for array in pool]
+    move = BoundStep(case.table, *pool)
+    for _ in range(2):
+        step_reference(case.table, *[*alone[:3], case.raw, *alone[3:]])
+        move(before, before + rows, case.raw)
+    for got, wanted in zip(pool, alone, strict=True):
+        assert got[before : before + rows].tobytes() == wanted.tobytes()
+    assert [np.delete(array, slice(before, before + rows), 0).tobytes() for array in pool] == others
 
 
 @pytest.mark.skipif(native_step() is None, reason="there is no C++ compiler")
