@@ -266,7 +266,7 @@ def parity(sizes: Sizes) -> Report:
             elements, history = int(rng.choice([1, 7, 64, 784, 3072, 12289])), int(rng.choice([1, 2, 4, 8, 11]))
             arguments = batch(rng, int(rng.integers(1, 9)), elements, history, DTYPES[network])
             ours = stepped(gpu, step, arguments)
-            fused_step(*arguments)  # type: ignore[arg-type]
+            fused_step(*arguments)
             for one, other in zip(ours, (arguments[i] for i in (2, 3, 8)), strict=True):
                 bits = np.dtype(f"u{one.dtype.itemsize}")
                 equal += int((one.view(bits) == other.view(bits)).sum())
@@ -306,7 +306,7 @@ def float64(sizes: Sizes) -> Report:
         wanted, magnitude = in_float64(arguments)
         roundings = np.finfo(np.float32).eps / 2 * magnitude
         (ours, *_) = stepped(gpu, CudaStep("float32"), arguments)
-        fused_step(*arguments)  # type: ignore[arg-type]
+        fused_step(*arguments)
         return {
             "cuda": float((np.abs(ours - wanted) / roundings).max()),
             "cpu": float((np.abs(arguments[2] - wanted) / roundings).max()),

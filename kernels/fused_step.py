@@ -129,7 +129,7 @@ _is_contiguous = attrgetter("flags.c_contiguous")
 
 
 class Scratch:
-    """Working memory of `fused_step`, made once: ``[rows, elements]`` float32, three times."""
+    """Working memory of `step_numpy`, made once: ``[rows, elements]`` float32, three times."""
 
     def __init__(self, rows: int, elements: int) -> None:
         self.y, self.term, self.m = (np.empty((rows, elements), np.float32) for _ in range(3))
@@ -145,7 +145,6 @@ def fused_step(
     guidance: Floats,
     seed: NDArray[np.uint64],
     network_input: Array,
-    scratch: Scratch | None = None,
 ) -> None:
     """Move each batch row by one table row, all at once: `step_reference`, to the same bits.
 
@@ -159,15 +158,8 @@ def fused_step(
         guidance: see there.
         seed: see there.
         network_input: see there.
-        scratch: working memory for at least as many rows, for numpy; allocated when left out.
     """
-    arrays = (table, row, x, history, raw, uncond, guidance, seed, network_input)
-    native = native_step()
-    is_float32 = raw.dtype == network_input.dtype == np.float32
-    if native is not None and is_float32 and all(map(_is_contiguous, arrays)):
-        native.step(*arrays)
-    else:
-        step_numpy(*arrays, scratch)
+    BoundStep(table, row, x, history, uncond, guidance, seed, network_input)(0, len(row), raw)
 
 
 class BoundStep:
@@ -203,7 +195,7 @@ class BoundStep:
 
     def __call__(self, first: int, last: int, raw: Array) -> None:
         """Move the rows from ``first`` to before ``last``; output ``i`` of ``raw`` is that of row ``first + i``."""
-        if self._move is not None and raw.dtype == np.float32 and raw.flags.c_contiguous:
+        if self._move is not None and raw.dtype == np.float32 and _is_contiguous(raw):
             self._move(first, last, raw)
             return
         table, *others = self._arrays

@@ -39,7 +39,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class NativeStep:
-    """The loaded library; its two functions have the signatures of their numpy twins."""
+    """The loaded library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_long
@@ -48,63 +48,43 @@ class NativeStep:
         self._normals.argtypes = [pointer, pointer, number, number, pointer]
         self._step.restype = self._normals.restype = None
 
-    def step(
-        self,
-        table: Array,
-        row: NDArray[np.int32],
-        x: Floats,
-        history: Floats,
-        raw: Array,
-        uncond: NDArray[np.int32],
-        guidance: Floats,
-        seed: NDArray[np.uint64],
-        network_input: Array,
-    ) -> None:
-        """`fused_step`, for C-contiguous arrays and a float32 network."""
-        (rows, elements), slots = x.shape, history.shape[1]
-        to_table, to_row, *others = _pointers(table, row, x, history, raw, uncond, guidance, seed, network_input)
-        self._step(to_table, table.strides[0], to_row, rows, elements, slots, *others)
-
     def bind(
-        self,
-        table: Array,
-        row: NDArray[np.int32],
-        x: Floats,
-        history: Floats,
-        uncond: NDArray[np.int32],
-        guidance: Floats,
-        seed: NDArray[np.uint64],
-        network_input: Array,
+        self, table: Array, row: NDArray[np.int32], x: Floats, history: Floats, *others: Array
     ) -> Callable[[int, int, Array], None]:
-        """`step` for arrays that stay where they are; gives what moves the rows from one to before another.
+        """`BoundStep`, for C-contiguous arrays and a float32 network. ``others`` are the rest of its arrays, in order.
 
-        To ask nine arrays for their addresses takes as long as to move a small batch.
+        What is given moves the rows from one to before another, with the network's output. It keeps the arrays.
         """
         elements, slots = x.shape[1], history.shape[1]
-        arrays = (row, x, history, uncond, guidance, seed, network_input)
-        starts = [(array.ctypes.data, array.strides[0]) for array in arrays]
-        to_table, row_bytes, step = table.ctypes.data, table.strides[0], self._step
+        arrays = (row, x, history, *others)
+        starts = [(_address(array), array.strides[0]) for array in arrays]
+        to_table, row_bytes, step = _address(table), table.strides[0], self._step
 
-        def move(first: int, last: int, raw: Array, _: Any = (table, arrays)) -> None:  # whoever has this, keeps them
-            to_row, to_x, to_history, *others = [start + first * stride for start, stride in starts]
-            (to_raw,) = _pointers(raw)
-            step(to_table, row_bytes, to_row, last - first, elements, slots, to_x, to_history, to_raw, *others)
+        def move(first: int, last: int, raw: Array, _: Any = (table, arrays)) -> None:
+            to_row, to_x, to_history, *to_others = [start + first * stride for start, stride in starts]
+            rows = last - first
+            step(to_table, row_bytes, to_row, rows, elements, slots, to_x, to_history, _address(raw), *to_others)
 
         return move
+
+    def step(
+        self, table: Array, row: NDArray[np.int32], x: Floats, history: Floats, raw: Floats, *others: Array
+    ) -> None:
+        """`fused_step`, for C-contiguous arrays and a float32 network."""
+        self.bind(table, row, x, history, *others)(0, len(row), raw)
 
     def normals(self, seed: NDArray[np.uint64], noise_id: NDArray[np.uint32], out: Floats) -> None:
         """`noise.normals` into ``out``, C-contiguous."""
         rows, elements = out.shape
-        to_seed, to_noise_id, to_out = _pointers(seed, noise_id, out)
-        self._normals(to_seed, to_noise_id, rows, elements, to_out)
+        self._normals(_address(seed), _address(noise_id), rows, elements, _address(out))
 
 
-def _pointers(*arrays: Array) -> list[Any]:
-    """To their first elements. numpy's ``array.ctypes.data`` takes several times as long, and a step has nine."""
+def _address(array: Array) -> int:
+    """Of its first element. numpy's ``array.ctypes.data`` takes several times as long, and a step has nine."""
     try:
-        return [*map(ctypes.byref, map(_first, arrays))]
-    except TypeError:  # one is read-only
-        return [array.ctypes.data for array in arrays]
+        return ctypes.addressof(_first(array))
+    except TypeError:  # it is read-only
+        return array.ctypes.data
 
 
 @cache

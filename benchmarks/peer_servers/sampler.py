@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.kernels import fused_step, pack_rows
+from fewstep.kernels import BoundStep, pack_rows
 from fewstep.runtime import Bundle
 from fewstep.runtime.backends import Backend, OnnxBackend
 from fewstep.runtime.pictures import encode
@@ -95,12 +95,11 @@ class Sampler:
         seed = np.array([asks[i].seed for i in order], np.uint64)
         row = np.array([self._first[asks[i].num_steps] for i in order], np.int32)
         guidance, uncond = np.ones(num, np.float32), np.full(num, -1, np.int32)
+        move = BoundStep(self._table, row, self._x, self._history, uncond, guidance, seed, self._input)
 
         def update(active: int, raw: Any) -> None:
-            part = slice(0, active)
-            x, history, network_input = self._x[part], self._history[part], self._input[part]
-            fused_step(self._table, row[part], x, history, raw, uncond[part], guidance[part], seed[part], network_input)
-            row[part] += 1
+            move(0, active, raw)
+            row[:active] += 1
 
         self._backend.inputs["label"][:num] = [asks[i].label for i in order]
         update(num, self._input[:num])  # the row that starts a sample
