@@ -129,26 +129,9 @@ class StepFailed(SampleFailed):
 
 
 class SampleFuture(Future[Sample]):
-    """A request's future. To ask it for a sample that is there, or whether it was cancelled, takes no lock.
-
-    The one it is asked several times for each sample, the other before every step.
-    """
+    """A request's future. To ask it whether it was cancelled takes no lock: it is asked before every step."""
 
     is_cancelled = False
-    _sample: Sample | None = None
-
-    def set_result(self, result: Sample) -> None:
-        """See `concurrent.futures.Future.set_result`."""
-        self._sample = result
-        super().set_result(result)
-
-    def result(self, timeout: float | None = None) -> Sample:
-        """See `concurrent.futures.Future.result`."""
-        return self._sample or super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """See `concurrent.futures.Future.exception`."""
-        return None if self._sample else super().exception(timeout)
 
     def cancel(self) -> bool:
         """See `concurrent.futures.Future.cancel`."""

@@ -120,8 +120,7 @@ class Scheduler:
             return None
         head = self._levels[self._next(now_s)].line[0][2]
         priority, rank = head.request.priority, head.rank(now_s, self._ageing_s)
-        lower = [i for i, ticket in enumerate(running) if ticket.request.priority < priority]
-        below = [i for i in lower if self.gives_way(running[i], priority, rank, now_s)]
+        below = [i for i, ticket in enumerate(running) if self.gives_way(ticket, priority, rank, now_s)]
         return min(below, key=lambda i: (running[i].request.priority, -left[i])) if below else None
 
     def num_of(self, caller: str) -> int:
