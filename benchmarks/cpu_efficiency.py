@@ -25,8 +25,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from server import serving
 
 from fewstep.bench.http_client import HttpClient
 from fewstep.bench.observer import counts
@@ -59,39 +60,35 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
+    if options.launches * options.rounds < 2:
+        parser.error("--rounds: two at least, over all launches: the figure is told with its quartiles")
+
     bundle = Bundle.load(options.bundle)
-    arguments = ["serve", str(bundle.path), "--port", "0", "--threads", str(options.threads)]
+    arguments = [str(bundle.path), "--threads", str(options.threads)]
     if options.max_rows is not None:
         arguments += ["--max-rows", str(options.max_rows)]
     rounds: list[list[dict[str, float]]] = [[] for _ in options.python]
     for launch in range(options.launches):
         with ExitStack() as stack:
-            servers = [stack.enter_context(serving(python, arguments)) for python in options.python]
-            clients, rows = [], []
-            for _, url in servers:
+            servers = []
+            for python in options.python:
+                url, pid = stack.enter_context(serving(*arguments, python=python))
                 check(url, bundle)
-                clients.append(stack.enter_context(Clients(url, bundle, options.clients)))
-                clients[-1].load(1.0)  # warm
-                rows.append(round(batch_of(url, bundle, partial(clients[-1].load, 1.0))))
-            bare = stack.enter_context(Bare(bundle, rows[0], options.threads))
-            bare_before_ms = bare.cpu_ms_per_image(options.seconds / 2)
+                clients = stack.enter_context(Clients(url, bundle, options.clients))
+                clients.load(1.0)  # warm
+                rows = round(batch_of(url, bundle, partial(clients.load, 1.0)))
+                servers.append((pid, clients, rows))
+            bare = stack.enter_context(Bare(bundle, servers[0][2], options.threads))
+            before_ms = bare.cpu_ms_per_image(options.seconds / 2)
+            turns = list(zip(servers, rounds, strict=True))
             for i in range(options.rounds):
-                for which in (range(len(servers)), reversed(range(len(servers))))[i % 2]:
-                    pid, before = servers[which][0], cpu_by_thread(servers[which][0])
-                    images, took_s, latencies = clients[which].load(options.seconds)
-                    after = cpu_by_thread(pid)
-                    bare_after_ms = bare.cpu_ms_per_image(options.seconds / 2)
-                    bare_ms, bare_before_ms = (bare_before_ms + bare_after_ms) / 2, bare_after_ms
-                    taken = {thread: 1000 * (after[thread] - before.get(thread, 0.0)) / images for thread in after}
-                    server_ms, loop_ms = sum(taken.values()), taken.pop(pid)
-                    engine_ms = max(taken.values())
-                    rounds[which].append({
-                        "launch": launch, "rows_per_call": rows[which], "bare_ms": bare_ms, "server_ms": server_ms,
-                        "images_per_s": images / took_s, "p50_ms": 1000 * statistics.median(latencies),
-                        "event_loop_ms": loop_ms, "engine_ms": engine_ms, "others_ms": sum(taken.values()) - engine_ms,
-                    })  # fmt: skip
-                    ratio = bare_ms / server_ms
-                    print(f"bare {bare_ms:.3f} ms, server {server_ms:.3f} ms an image: {ratio:.3f}", flush=True)
+                for (pid, clients, rows), its in turns if i % 2 else turns[::-1]:
+                    served = loaded(pid, clients, options.seconds)
+                    after_ms = bare.cpu_ms_per_image(options.seconds / 2)
+                    bare_ms, before_ms = (before_ms + after_ms) / 2, after_ms
+                    its.append({"launch": launch, "rows_per_call": rows, "bare_ms": bare_ms, **served})
+                    told = f"bare {bare_ms:.3f} ms, server {served['server_ms']:.3f} ms an image"
+                    print(f"{told}: {bare_ms / served['server_ms']:.3f}", flush=True)
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/cpu_efficiency.py", *sys.argv[1:]]),
         "machine": machine(),
@@ -112,16 +109,22 @@ def main() -> None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-@contextmanager
-def serving(python: str, arguments: list[str]) -> Iterator[tuple[int, str]]:
-    """A server's process number and address."""
-    server = subprocess.Popen([python, "-m", "fewstep.cli", *arguments], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        yield server.pid, "http://" + server.stdout.readline().split(" at http://")[1].split()[0].rstrip("/")
-    finally:
-        server.terminate()
-        server.wait()
+def loaded(pid: int, clients: "Clients", seconds: float) -> dict[str, float]:
+    """What a server makes of a load, and what CPU time an image takes in each of its threads."""
+    before = cpu_by_thread(pid)
+    images, took_s, latencies = clients.load(seconds)
+    after = cpu_by_thread(pid)
+    taken = {thread: 1000 * (after[thread] - before.get(thread, 0.0)) / images for thread in after}
+    server_ms, loop_ms = sum(taken.values()), taken.pop(pid)
+    engine_ms = max(taken.values())
+    return {
+        "server_ms": server_ms,
+        "images_per_s": images / took_s,
+        "p50_ms": 1000 * statistics.median(latencies),
+        "event_loop_ms": loop_ms,
+        "engine_ms": engine_ms,
+        "others_ms": sum(taken.values()) - engine_ms,
+    }
 
 
 def version(python: str) -> str:

@@ -89,9 +89,9 @@ def growth(seconds: float) -> dict[str, list[dict[str, Any]]]:
 
 
 @contextmanager
-def serving(*arguments: str | Path) -> Iterator[tuple[str, int]]:
+def serving(*arguments: str | Path, python: str = sys.executable) -> Iterator[tuple[str, int]]:
     """Its URL and its process."""
-    command = [sys.executable, "-m", "fewstep.cli", "serve", *map(str, arguments), "--port", "0"]
+    command = [python, "-m", "fewstep.cli", "serve", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
