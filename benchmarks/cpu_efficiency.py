@@ -13,7 +13,8 @@ event loop is the first of the process, the engine is the one that takes the mos
 the rest are encoders and those that only wait.
 
 What is not the network is Python, so it counts how the interpreter was compiled: ``--python`` takes several, each of
-an environment with fewstep, and serves with each by turns.
+an environment with fewstep, and serves with each by turns. So does ``--max-rows``, since much of it is paid once a
+network call.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="of each launch")
     parser.add_argument("--seconds", type=float, default=2.5, help="of load in each round")
     parser.add_argument("--threads", type=int, default=1, help="of one network call, in both")
-    parser.add_argument("--max-rows", type=int, default=None, help="rows of a call at most; the server's default")
+    parser.add_argument("--max-rows", type=int, nargs="+", default=[16], help="rows of a call at most; the default")
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters that serve; this one")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -64,28 +66,26 @@ def main() -> None:
         parser.error("--rounds: two at least, over all launches: the figure is told with its quartiles")
 
     bundle = Bundle.load(options.bundle)
-    arguments = [str(bundle.path), "--threads", str(options.threads)]
-    if options.max_rows is not None:
-        arguments += ["--max-rows", str(options.max_rows)]
-    rounds: list[list[dict[str, float]]] = [[] for _ in options.python]
+    variants = list(product(options.python, options.max_rows))
+    rounds: list[list[dict[str, float]]] = [[] for _ in variants]
     for launch in range(options.launches):
         with ExitStack() as stack:
             servers = []
-            for python in options.python:
+            for python, max_rows in variants:
+                arguments = [str(bundle.path), "--threads", str(options.threads), "--max-rows", str(max_rows)]
                 url, pid = stack.enter_context(serving(*arguments, python=python))
                 check(url, bundle)
                 clients = stack.enter_context(Clients(url, bundle, options.clients))
                 clients.load(1.0)  # warm
                 rows = round(batch_of(url, bundle, partial(clients.load, 1.0)))
                 servers.append((pid, clients, rows))
-            bare = stack.enter_context(Bare(bundle, servers[0][2], options.threads))
-            before_ms = bare.cpu_ms_per_image(options.seconds / 2)
+            bare = stack.enter_context(Bare(bundle, max(options.max_rows), options.threads))
             turns = list(zip(servers, rounds, strict=True))
             for i in range(options.rounds):
                 for (pid, clients, rows), its in turns if i % 2 else turns[::-1]:
+                    before_ms = bare.cpu_ms_per_image(rows, options.seconds / 2)
                     served = loaded(pid, clients, options.seconds)
-                    after_ms = bare.cpu_ms_per_image(options.seconds / 2)
-                    bare_ms, before_ms = (before_ms + after_ms) / 2, after_ms
+                    bare_ms = (before_ms + bare.cpu_ms_per_image(rows, options.seconds / 2)) / 2
                     its.append({"launch": launch, "rows_per_call": rows, "bare_ms": bare_ms, **served})
                     told = f"bare {bare_ms:.3f} ms, server {served['server_ms']:.3f} ms an image"
                     print(f"{told}: {bare_ms / served['server_ms']:.3f}", flush=True)
@@ -95,12 +95,12 @@ def main() -> None:
         "bundle": bundle.name,
         "clients": options.clients,
         "servers": [
-            {"python": version(python), **summary(its), "rounds": its}
-            for python, its in zip(options.python, rounds, strict=True)
+            {"python": version(python), "max_rows": max_rows, **summary(its), "rounds": its}
+            for (python, max_rows), its in zip(variants, rounds, strict=True)
         ],
     }
     for server in result["servers"]:
-        print(f"Python {server['python']}")
+        print(f"Python {server['python']}, {server['max_rows']} rows a call at most")
         print("  " + ", ".join(f"{part} {value:.3f} ms an image" for part, value in server["ms_per_image"].items()))
         told = f"  CPU efficiency {server['cpu_efficiency']:.3f}, half of the rounds {server['quartiles']}"
         print(f"{told}, launches {server['by_launch']}, at {options.clients} clients")
@@ -157,9 +157,9 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
 class Bare:
     """The network alone, in a process of its own."""
 
-    def __init__(self, bundle: Bundle, rows: int, threads: int) -> None:
+    def __init__(self, bundle: Bundle, max_rows: int, threads: int) -> None:
         self._ours, theirs = get_context("spawn").Pipe()
-        arguments = (theirs, bundle.path, rows, threads)
+        arguments = (theirs, bundle.path, max_rows, threads)
         self._process = get_context("spawn").Process(target=call_the_network, args=arguments, daemon=True)
         self._process.start()
 
@@ -170,22 +170,25 @@ class Bare:
         self._process.terminate()
         self._process.join()
 
-    def cpu_ms_per_image(self, seconds: float) -> float:
-        """CPU time of one image's network calls."""
-        self._ours.send(seconds)
+    def cpu_ms_per_image(self, rows: int, seconds: float) -> float:
+        """CPU time of one image's network calls, with so many in each."""
+        self._ours.send((rows, seconds))
         took_ms: float = self._ours.recv()
         return took_ms
 
 
-def call_the_network(told: "Connection[float, float]", bundle_path: Path, rows: int, threads: int) -> None:
-    """Call it for as many seconds as is told, and tell the CPU time of an image in milliseconds; again and again."""
+def call_the_network(
+    told: "Connection[float, tuple[int, float]]", bundle_path: Path, max_rows: int, threads: int
+) -> None:
+    """Call it with the rows and for the seconds that are told, and tell an image's CPU time in ms; again and again."""
     bundle = Bundle.load(bundle_path)
-    backend = OnnxBackend(bundle.network, rows, bundle.manifest.sample_shape, threads)
+    backend = OnnxBackend(bundle.network, max_rows, bundle.manifest.sample_shape, threads)
     x = backend.inputs["x"]
     x[:] = np.random.default_rng(0).standard_normal(x.shape)
-    backend(rows)
     while True:
-        calls, end_s = 0, told.recv() + time.perf_counter()
+        rows, seconds = told.recv()
+        backend(rows)
+        calls, end_s = 0, seconds + time.perf_counter()
         start_s = time.process_time()
         while time.perf_counter() < end_s:
             backend(rows)

@@ -1,5 +1,6 @@
 // The fused step on the CPU: kernels/fused_step.py, equation (1), row by row in blocks that stay in the first-level
-// cache. Terms of weight zero are not read. Built on first use by native.py; single-threaded.
+// cache. Terms of weight zero are not read. Each batch row is counted on to its next table row. Built on first use by
+// native.py; single-threaded.
 #include "fewstep_step.h"
 
 enum { BLOCK = 512 };  // elements; a multiple of 4
@@ -23,12 +24,12 @@ extern "C" void fewstep_normals(const fewstep_u64* seed, const fewstep_u32* nois
     }
 }
 
-extern "C" void fewstep_step(const char* table, long row_bytes, const int* row, long rows, long elements, long slots,
-                             float* x, float* history, const float* raw, const int* uncond, const float* guidance,
-                             const fewstep_u64* seed, float* network_input) {
+extern "C" void fewstep_step(const char* table, long row_bytes, int* row, long first, long last, long elements,
+                             long slots, float* x, float* history, const float* raw, const int* uncond,
+                             const float* guidance, const fewstep_u64* seed, float* network_input) {
   float m[BLOCK], y[BLOCK], z[BLOCK];
-  for (long r = 0; r < rows; r++) {
-    const fewstep_row* w = (const fewstep_row*)(table + row_bytes * row[r]);
+  for (long r = first; r < last; r++) {
+    const fewstep_row* w = (const fewstep_row*)(table + row_bytes * row[r]++);
     float* past = history + r * slots * elements;
     for (long e = 0; e < elements; e += BLOCK) {
       int n = (int)(elements - e < BLOCK ? elements - e : BLOCK);
@@ -37,7 +38,7 @@ extern "C" void fewstep_step(const char* table, long row_bytes, const int* row, 
         for (int i = 0; i < n; i++) m[i] = 0.0f;
         if (w->k_x != 0.0f) add_scaled(m, w->k_x, x_now, n);
         if (w->k_m != 0.0f) {
-          const float* conditional = raw + r * elements + e;
+          const float* conditional = raw + (r - first) * elements + e;
           if (uncond[r] >= 0) {
             const float* unconditional = raw + uncond[r] * elements + e;
             for (int i = 0; i < n; i++) z[i] = fs_guide(conditional[i], unconditional[i], guidance[r]);

@@ -125,6 +125,7 @@ def step_reference(
         network_input[i] = w["c_in"] * y
 
 
+_FLOAT32 = np.dtype(np.float32)
 _is_contiguous = attrgetter("flags.c_contiguous")
 
 
@@ -159,7 +160,7 @@ def fused_step(
         seed: see there.
         network_input: see there.
     """
-    BoundStep(table, row, x, history, uncond, guidance, seed, network_input)(0, len(row), raw)
+    BoundStep(table, row.copy(), x, history, uncond, guidance, seed, network_input)(0, len(row), raw)
 
 
 class BoundStep:
@@ -167,7 +168,8 @@ class BoundStep:
 
     Args:
         table: see `step_reference`, as are the others.
-        row: see there; ``[capacity]``, and so on for the others, of which a call moves some rows.
+        row: see there; ``[capacity]``, and so on for the others, of which a call moves some rows. Each that it moves
+            is counted on to the table row behind.
         x: see there.
         history: see there.
         uncond: see there.
@@ -195,13 +197,14 @@ class BoundStep:
 
     def __call__(self, first: int, last: int, raw: Array) -> None:
         """Move the rows from ``first`` to before ``last``; output ``i`` of ``raw`` is that of row ``first + i``."""
-        if self._move is not None and raw.dtype == np.float32 and _is_contiguous(raw):
+        if self._move is not None and raw.dtype == _FLOAT32 and _is_contiguous(raw):
             self._move(first, last, raw)
             return
         table, *others = self._arrays
         row, x, history, uncond, guidance, seed, network_input = (array[first:last] for array in others)
         self._scratch = self._scratch or Scratch(*others[1].shape)
         step_numpy(table, row, x, history, raw, uncond, guidance, seed, network_input, self._scratch)
+        row += 1
 
 
 def step_numpy(

@@ -44,7 +44,7 @@ class NativeStep:
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_long
         self._step, self._normals = library.fewstep_step, library.fewstep_normals
-        self._step.argtypes = [pointer, number, pointer, number, number, number, *[pointer] * 7]
+        self._step.argtypes = [pointer, number, pointer, *[number] * 4, *[pointer] * 7]
         self._normals.argtypes = [pointer, pointer, number, number, pointer]
         self._step.restype = self._normals.restype = None
 
@@ -57,13 +57,12 @@ class NativeStep:
         """
         elements, slots = x.shape[1], history.shape[1]
         arrays = (row, x, history, *others)
-        starts = [(_address(array), array.strides[0]) for array in arrays]
+        to_row, *to_state = map(_address, (row, x, history))
+        to_others = [*map(_address, others)]
         to_table, row_bytes, step = _address(table), table.strides[0], self._step
 
         def move(first: int, last: int, raw: Array, _: Any = (table, arrays)) -> None:
-            to_row, to_x, to_history, *to_others = [start + first * stride for start, stride in starts]
-            rows = last - first
-            step(to_table, row_bytes, to_row, rows, elements, slots, to_x, to_history, _address(raw), *to_others)
+            step(to_table, row_bytes, to_row, first, last, elements, slots, *to_state, _address(raw), *to_others)
 
         return move
 
@@ -71,7 +70,7 @@ class NativeStep:
         self, table: Array, row: NDArray[np.int32], x: Floats, history: Floats, raw: Floats, *others: Array
     ) -> None:
         """`fused_step`, for C-contiguous arrays and a float32 network."""
-        self.bind(table, row, x, history, *others)(0, len(row), raw)
+        self.bind(table, row.copy(), x, history, *others)(0, len(row), raw)
 
     def normals(self, seed: NDArray[np.uint64], noise_id: NDArray[np.uint32], out: Floats) -> None:
         """`noise.normals` into ``out``, C-contiguous."""

@@ -95,13 +95,13 @@ class OnnxBackend:
             raise BackendError(f"{path}: {said}, not what a step graph has")
         self._raw = np.zeros((max_rows, *sample_shape), DTYPES[output.type])
         self._output = output.name
-        self._bound: dict[int, list[Callable[[], None]]] = {}
+        self._bound: dict[int, tuple[list[Callable[[], None]], Array]] = {}
 
     def __call__(self, rows: int) -> Array:
         """Run the first ``rows`` rows."""
-        parts = self._bound.get(rows)
-        if parts is None:
-            parts = self._bound[rows] = self._bind(rows)
+        if rows not in self._bound:
+            self._bound[rows] = self._bind(rows), self._raw[:rows]
+        parts, raw = self._bound[rows]
         if self._others is None or len(parts) == 1:
             parts[0]()
         else:
@@ -112,7 +112,7 @@ class OnnxBackend:
                 wait(others)  # even after an error: they write into the arrays of the next call
             for other in others:
                 other.result()
-        return self._raw[:rows]
+        return raw
 
     def _bind(self, rows: int) -> list[Callable[[], None]]:
         """What to run for so many rows, each in a thread of its own."""

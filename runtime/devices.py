@@ -21,7 +21,8 @@ from ..kernels.cuda import STORED, CudaStep
 
 Array = Any  # numpy's or CuPy's
 HostArray = NDArray[Any]
-Step = Callable[[int, int, Array], None]  # moves the rows from one to before another, given the network's output
+Step = Callable[[int, int, Array], None]  # moves the rows from one to before another, given the network's output,
+# each by the table row it stands on, and on to the next
 
 _PINNED = 1 << 20  # bytes of pinned memory for what goes up in a turn
 
@@ -159,6 +160,7 @@ class Cuda:
             )
             part = slice(first, last)
             kernel(on_device, row_, x[part], history[part], raw, uncond_, guidance_, seed_, network_input[part])
+            row[part] += 1
 
         return step
 

@@ -165,10 +165,10 @@ class Engine:
         self._uncond = np.full(max_rows, -1, np.int32)
         self._loaded: Mapping[_Key, Tableau] = {}  # over the bundle's own; replaced as a whole, never changed
         self._served = bundle  # with those loaded
-        self._are_tables_stale = False  # whether served tables changed since self._table was packed
+        self._are_tables_stale = False  # whether served tables changed since they were packed
         self._packed: dict[str, Array] = {}  # by hash: the rows as the kernel reads them
-        self._rows_of: dict[str, range] = {}  # by hash: which rows of self._table
-        self._table: Array
+        self._rows_of: dict[str, range] = {}  # by hash: where they stand in the packed table
+        self._times: Array  # what the network is told before each row of the table
         self._step: Step  # bound to the table and the slots
         self._pack()
         self._scheduler = Scheduler(ageing_s)
@@ -430,7 +430,7 @@ class Engine:
                 self.on_wait()
             self._correct(rows, raw)
             self._show(rows, raw)
-            self._update(0, rows, raw)
+            self._step(0, rows, raw)
         yield outputs
         self._device.wait()
         now_s = self._clock()
@@ -457,7 +457,7 @@ class Engine:
             else:
                 self._correct(1, raw)
                 self._show(1, raw)
-                self._update(0, 1, raw)
+                self._step(0, 1, raw)
             if behind is not None:
                 self._input[1] = behind
         failed = [i for i, ticket in enumerate(slots.tickets) if id(ticket) in lost]
@@ -508,14 +508,14 @@ class Engine:
                 continue
             slots.add(ticket, rows, label, scale)
         if len(slots) > first:
-            self._update(first, len(slots), self._input)  # the start row reads no network output
+            self._step(first, len(slots), self._input)  # the start row reads no network output
 
     def _gather(self, rows: int) -> int:
         """Say the network's small inputs for the first rows; how many rows its call takes, guidance included."""
         said, slots = self._said, self._slots
         outputs = rows
-        self._uncond[:rows] = -1
         if self._has_uncond:
+            self._uncond[:rows] = -1
             labels = self.bundle.manifest.labels
             guided = np.flatnonzero(slots.guidance[:rows] != 1)
             outputs += len(guided)
@@ -523,8 +523,8 @@ class Engine:
                 self._uncond[guided] = np.arange(rows, outputs)
                 self._input[rows:outputs] = self._input[guided]
                 said["label"][rows:outputs] = labels.null if labels else 0
-                said["t"][rows:outputs] = self._table["t"][slots.table_row[guided]]
-        said["t"][:rows] = self._table["t"][slots.table_row[:rows]]
+                said["t"][rows:outputs] = self._times.take(slots.table_row[guided])
+        said["t"][:rows] = self._times.take(slots.table_row[:rows])
         if "label" in said:
             said["label"][:rows] = slots.label[:rows]
         if "guidance" in said:
@@ -536,15 +536,10 @@ class Engine:
     def _network(self, outputs: int) -> Array:
         return self._backend(outputs).reshape(outputs, -1)
 
-    def _update(self, first: int, last: int, raw: Array) -> None:
-        self._step(first, last, raw)
-        self._slots.table_row[first:last] += 1
-        self._slots.left[first:last] -= 1
-
     def _output(self, i: int, raw: Array) -> Output:
         """What the network said of row ``i``, on the host; before the update, which moves ``x`` on."""
         slots, tableau = self._slots, self._slots.tickets[i].request.tableau
-        step = tableau.num_steps - int(slots.left[i])
+        step = tableau.num_steps - slots.left(i)
         conditional = guided = self._device.fetch(raw[i]).astype(np.float32, copy=False)
         if self._uncond[i] >= 0:
             uncond = self._device.fetch(raw[self._uncond[i]]).astype(np.float32, copy=False)
@@ -570,14 +565,14 @@ class Engine:
         """Give previews to those who asked for them."""
         slots = self._slots
         for i, ticket in enumerate(slots.tickets[:rows]):
-            if ticket.on_preview is None or slots.left[i] == 1:  # what comes next is the sample itself
+            if ticket.on_preview is None or slots.left(i) == 1:  # what comes next is the sample itself
                 continue
             pixels, num_steps = self._output(i, raw).x0, ticket.request.tableau.num_steps
             if pixels is None:
                 continue
             try:
                 shape = self.bundle.manifest.sample_shape
-                preview = Preview(pixels.reshape(shape), num_steps - int(slots.left[i]) + 1, num_steps)
+                preview = Preview(pixels.reshape(shape), num_steps - slots.left(i) + 1, num_steps)
                 ticket.on_preview(preview)
             except Exception:
                 log.exception("%s: a preview was not taken; its request gets no more", self.bundle.name)
@@ -585,10 +580,10 @@ class Engine:
 
     def _harvest(self, now_s: float) -> None:
         slots = self._slots
-        finished: list[int] = np.flatnonzero(slots.left[: len(slots)] == 0).tolist()
+        finished = slots.finished
         if not finished:
             return
-        pixels = self._device.fetch(slots.x[finished])
+        pixels = self._device.fetch(slots.x.take(finished, axis=0))
         is_finite = np.asarray(np.isfinite(pixels).all(axis=1))
         pixels = pixels.reshape(-1, *self.bundle.manifest.sample_shape)
         tickets = [slots.tickets[i] for i in finished]
@@ -646,7 +641,7 @@ class Engine:
     # --- packed rows and checks
 
     def _rows(self, tableau: Tableau) -> range:
-        """Where a table's rows stand in ``self._table``; a table not seen before is added."""
+        """Where a table's rows stand in the packed one; a table not seen before is added."""
         if tableau.sha256 not in self._rows_of:
             self._pack(tableau)
         return self._rows_of[tableau.sha256]
@@ -677,8 +672,10 @@ class Engine:
         )
         for i, ticket in enumerate(slots.tickets):
             sha256 = ticket.request.tableau.sha256
-            slots.table_row[i] += rows_of[sha256].start - self._rows_of[sha256].start
-        self._table, self._step = table, step
+            moved = rows_of[sha256].start - self._rows_of[sha256].start
+            slots.table_row[i] += moved
+            slots.stop[i] += moved
+        self._times, self._step = table["t"].copy(), step
         self._packed, self._rows_of = packed, rows_of
 
     def _refuse_other_inputs(self) -> None:
@@ -726,8 +723,8 @@ class Engine:
         ahead = list(self._scheduler.ahead(requests[0]))
         first = requests[0]
         running = [
-            0 if self._scheduler.gives_way(ticket, first.priority, first.priority, now_s) else int(left)
-            for ticket, left in zip(self._slots.tickets, self._slots.left, strict=False)
+            0 if self._scheduler.gives_way(ticket, first.priority, first.priority, now_s) else self._slots.left(i)
+            for i, ticket in enumerate(self._slots.tickets)
         ]
         capacity = self._slots.capacity
         free = ticks_to_start(running, (ticket.request.tableau.num_steps for ticket in ahead), capacity)

@@ -35,8 +35,10 @@ class Pace:
             took_s = min(took_s, STALL * self._own_s(rows))
         self.num += 1
         fade = 1 - 1 / min(self.num, MEMORY)
-        new = (1.0, rows, rows * rows, took_s, rows * took_s)
-        self._moments = tuple(fade * old + now for old, now in zip(self._moments, new, strict=True))  # type: ignore[assignment]
+        one, n, nn, s, ns = self._moments
+        self._moments = (
+            fade * one + 1.0, fade * n + rows, fade * nn + rows * rows, fade * s + took_s, fade * ns + rows * took_s,
+        )  # fmt: skip
         self.deviation_s += (1 - fade) * (abs(took_s - self._own_s(rows)) - self.deviation_s)
         self.others_s += max(1 - fade, 0.1) * (others_s - self.others_s)
 

@@ -16,12 +16,9 @@ future's callbacks may submit again.
 import heapq
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count
-
-import numpy as np
-from numpy.typing import NDArray
 
 from .request import Request, Sample, Ticket
 
@@ -111,7 +108,7 @@ class Scheduler:
         is_lower = own.priority < priority and own.deadline_s is None
         return is_lower and running.rank(now_s, self._ageing_s) < rank
 
-    def outranked(self, running: Sequence[Ticket], left: NDArray[np.int32], now_s: float) -> int | None:
+    def outranked(self, running: Sequence[Ticket], left: Callable[[int], int], now_s: float) -> int | None:
         """Which of those that run makes room for the one that is next, if any does.
 
         Of the lowest priority among them the one with the most table rows ``left``, so that least is put off.
@@ -121,7 +118,7 @@ class Scheduler:
         head = self._levels[self._next(now_s)].line[0][2]
         priority, rank = head.request.priority, head.rank(now_s, self._ageing_s)
         below = [i for i, ticket in enumerate(running) if self.gives_way(ticket, priority, rank, now_s)]
-        return min(below, key=lambda i: (running[i].request.priority, -left[i])) if below else None
+        return min(below, key=lambda i: (running[i].request.priority, -left(i))) if below else None
 
     def num_of(self, caller: str) -> int:
         """How many of a caller's wait."""

@@ -33,7 +33,7 @@ class Slots:
         self.x = self._device.zeros((capacity, elements), np.float32)
         self.history = self._device.zeros((capacity, history, elements), np.float32)
         self.table_row = np.zeros(capacity, np.int32)  # the table row that comes next
-        self.left = np.zeros(capacity, np.int32)  # table rows to go, that one included
+        self.stop = np.zeros(capacity, np.int32)  # the first one that is not the row's any more
         self.seed = np.zeros(capacity, np.uint64)
         self.guidance = np.zeros(capacity, np.float32)
         self.label = np.zeros(capacity, np.int64)
@@ -45,23 +45,29 @@ class Slots:
         """Give a request the next place; ``rows`` are its table rows. One that was paused goes on where it stood."""
         i = len(self.tickets)
         self.tickets.append(ticket)
-        self.left[i] = len(rows)
+        self.table_row[i], self.stop[i] = rows.start, rows.stop
         if ticket.paused is not None:
-            self.x[i], self.network_input[i], self.left[i] = (
-                ticket.paused.x,
-                ticket.paused.network_input,
-                ticket.paused.left,
-            )
+            self.x[i], self.network_input[i] = ticket.paused.x, ticket.paused.network_input
             self.history[i, : len(ticket.paused.history)] = ticket.paused.history
+            self.table_row[i] = rows.stop - ticket.paused.left
             ticket.paused = None
-        self.table_row[i] = rows.stop - self.left[i]
         self.seed[i], self.label[i], self.guidance[i] = ticket.request.seed, label, guidance
+
+    def left(self, i: int) -> int:
+        """Table rows that place ``i`` has to go, the one that comes next included."""
+        return int(self.stop[i]) - int(self.table_row[i])
+
+    @property
+    def finished(self) -> list[int]:
+        """Places whose rows have none to go."""
+        rows = zip(self.table_row[: len(self)].tolist(), self.stop[: len(self)].tolist(), strict=True)
+        return [i for i, (row, stop) in enumerate(rows) if row == stop]
 
     def pause(self, i: int) -> Ticket:
         """Free place ``i``; its request takes along what it needs to go on in any other one."""
         ticket = self.tickets[i]
         x, network_input, history = (array[i].copy() for array in (self.x, self.network_input, self.history))
-        ticket.paused = Paused(x, network_input, history, int(self.left[i]))
+        ticket.paused = Paused(x, network_input, history, self.left(i))
         self.remove([i])
         return ticket
 
@@ -75,7 +81,7 @@ class Slots:
             for i, j in zip(gaps, last, strict=True):
                 self.tickets[i] = self.tickets[j]
             free, moving = np.array(gaps), np.array(last)  # once: numpy would make them of lists for each array
-            for array in (self.x, self.network_input, self.history, self.table_row, self.left):
+            for array in (self.x, self.network_input, self.history, self.table_row, self.stop):
                 array[free] = array[moving]
             for array in (self.seed, self.guidance, self.label):
                 array[free] = array[moving]
@@ -88,7 +94,7 @@ class Slots:
             row = array[i].copy()
             array[i] = array[j]
             array[j] = row
-        for array in (self.table_row, self.left, self.seed, self.guidance, self.label):
+        for array in (self.table_row, self.stop, self.seed, self.guidance, self.label):
             array[[i, j]] = array[[j, i]]
 
     def deepen(self, history: int) -> None:

@@ -208,6 +208,10 @@ class Array:
         now().ask(lambda: np.copyto(made, source[index]))
         return Array(made)
 
+    def take(self, indices: list[int], axis: int) -> "Array":
+        assert axis == 0
+        return self[indices]
+
     def __setitem__(self, key: Any, value: Any) -> None:
         assert isinstance(value, Array), "an array of numpy into one of the device"
         index = np.array(key) if isinstance(key, list) else key

@@ -192,7 +192,7 @@ def test_a_stream_that_breaks_off_ends_with_an_error_that_stock_clients_raise(
     bodies: list[Any] = []
 
     def network_but_the_last_step(rows: int) -> Any:
-        if engine._slots.left[0] == 1:
+        if engine._slots.left(0) == 1:
             raise RuntimeError(SECRET)
         return network(rows)
 

@@ -141,7 +141,7 @@ def test_the_fused_step_is_the_reference_to_the_bit(
 def test_a_bound_step_moves_the_rows_it_is_told_and_no_others(
     seed: int, rows: int, elements: int, history: int, dtype: type[Any], before: int, behind: int
 ) -> None:
-    """Bound once, to the arrays of a pool; the second call finds what the first one left."""
+    """Bound once, to the arrays of a pool; the second call finds what the first one left, and each row on its next."""
     case = Case(np.random.default_rng(seed), rows, elements, history, dtype)
     alone: list[Array] = [
         array.copy() for array in (case.row, case.x, case.history, case.uncond, case.guidance, case.seed)
@@ -149,9 +149,11 @@ def test_a_bound_step_moves_the_rows_it_is_told_and_no_others(
     alone.append(np.zeros((rows, elements), dtype))
     pool = [np.concatenate([array[:1].repeat(before, 0), array, array[:1].repeat(behind, 0)]) for array in alone]
     others = [np.delete(array, slice(before, before + rows), 0).tobytes() for array in pool]
-    move = BoundStep(case.table, *pool)
+    table = np.concatenate([case.table, case.table[:1]])  # for those who stand on the last row, one more
+    move = BoundStep(table, *pool)
     for _ in range(2):
-        step_reference(case.table, *[*alone[:3], case.raw, *alone[3:]])
+        step_reference(table, *[*alone[:3], case.raw, *alone[3:]])
+        alone[0] += 1
         move(before, before + rows, case.raw)
     for got, wanted in zip(pool, alone, strict=True):
         assert got[before : before + rows].tobytes() == wanted.tobytes()

@@ -114,7 +114,7 @@ def test_rows_of_tables_no_longer_used_are_freed(baked: Bundle) -> None:
         engine.load_table(version(number))
         engine.generate([Request(1, engine.tableau("learned", 3), 1)])
         engine.generate([Request(1, version(1000 + number), 1)])
-        sizes.add(len(engine._table))
+        sizes.add(len(engine._times))
     served = sum(tableau.num_steps + 1 for tableau in engine.tableaus.values())
     assert max(sizes) <= served + 2 * (3 + 1)
     assert set(engine._rows_of) == set(engine._packed)

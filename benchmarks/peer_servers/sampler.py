@@ -97,17 +97,13 @@ class Sampler:
         guidance, uncond = np.ones(num, np.float32), np.full(num, -1, np.int32)
         move = BoundStep(self._table, row, self._x, self._history, uncond, guidance, seed, self._input)
 
-        def update(active: int, raw: Any) -> None:
-            move(0, active, raw)
-            row[:active] += 1
-
         self._backend.inputs["label"][:num] = [asks[i].label for i in order]
-        update(num, self._input[:num])  # the row that starts a sample
+        move(0, num, self._input)  # the row that starts a sample
         for step in range(int(steps[0])):
             active = int((steps > step).sum())
             called = num if self._is_padded else active
             self._backend.inputs["t"][:active] = self._table["t"][row[:active]]
-            update(active, self._backend(called).reshape(called, -1))
+            move(0, active, self._backend(called).reshape(called, -1))
             self._backend.device.wait()
         images: list[str] = [""] * num
         for place, i in enumerate(order):
