@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from . import __version__
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -55,6 +57,21 @@ app.add_typer(triton, name="triton")
 
 T = TypeVar("T")
 BundleArgument = Annotated[str | None, typer.Argument(help="A folder, or the name of an embedded bundle.")]
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return int(ended.value.code or 0), said.out, said.err
 
     return run
+
+
+def test_the_version_is_the_packages(run: Run) -> None:
+    assert run("--version") == (0, metadata.version("fewstep") + "\n", "")
 
 
 TEACHER = "fashion-mnist-teacher"
