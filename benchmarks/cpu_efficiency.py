@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="of each launch")
     parser.add_argument("--seconds", type=float, default=2.5, help="of load in each round")
     parser.add_argument("--threads", type=int, default=1, help="of one network call, in both")
-    parser.add_argument("--max-rows", type=int, nargs="+", default=[16], help="rows of a call at most; the default")
+    parser.add_argument("--max-rows", type=int, nargs="+", default=[16], help="rows of a call at most, by turns")
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters that serve; this one")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
