@@ -444,18 +444,23 @@ def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
             count: int = json.load(response)["model_stats"][0]["execution_count"]
         return count
 
+    asked = [inputs(triton_grpc, {"LABEL": 1, "SEED": i, "STEPS": 8}) for i in range(20)]
+
     def executed() -> int:
         before = executions()
         answers: queue.Queue[Any] = queue.Queue()
         with triton_grpc.InferenceServerClient(where.grpc) as client:
-            for i in range(20):
-                given = inputs(triton_grpc, {"LABEL": 1, "SEED": i, "STEPS": 8})
+            for given in asked:
                 client.async_infer("digits-iterative", given, lambda result, error: answers.put(error))
             assert [answers.get(timeout=60) for _ in range(20)] == [None] * 20
         return executions() - before
 
     # Where the client is kept from its core, a request may be through before the next is sent: so it has several tries.
-    assert any(8 <= executed() <= 0.75 * 20 * 8 for _ in range(10))
+    # Quiet it is 42; requests that share nothing make 160, however quick the client is.
+    counts = list[int]()
+    while len(counts) < 10 and not any(count <= 0.9 * 20 * 8 for count in counts):
+        counts.append(executed())
+    assert 8 <= counts[-1] <= 0.9 * 20 * 8, counts
 
 
 def test_a_new_version_takes_over_while_the_server_runs(
