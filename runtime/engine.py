@@ -170,12 +170,12 @@ class Engine:
         self._rows_of: dict[str, range] = {}  # by hash: where they stand in the packed table
         self._times: Array  # what the network is told before each row of the table
         self._step: Step  # bound to the table and the slots
+        self._lock = threading.Lock()  # around the scheduler; no future is touched under it
         self._pack()
         self._scheduler = Scheduler(ageing_s)
         self._made: list[tuple[Ticket, Sample]] = []  # finished, and not handed out yet
         self._is_closed = False
         self._why_closed = f"{bundle.name} is shutting down"
-        self._lock = threading.Lock()  # around the scheduler; no future is touched under it
 
     # --- asking
 
@@ -670,11 +670,12 @@ class Engine:
         step = self._device.bind(
             table, slots.table_row, slots.x, slots.history, self._uncond, slots.guidance, slots.seed, self._input
         )
-        for i, ticket in enumerate(slots.tickets):
-            sha256 = ticket.request.tableau.sha256
-            moved = rows_of[sha256].start - self._rows_of[sha256].start
-            slots.table_row[i] += moved
-            slots.stop[i] += moved
+        with self._lock:  # who submits reckons with the difference of the two
+            for i, ticket in enumerate(slots.tickets):
+                sha256 = ticket.request.tableau.sha256
+                moved = rows_of[sha256].start - self._rows_of[sha256].start
+                slots.table_row[i] += moved
+                slots.stop[i] += moved
         self._times, self._step = table["t"].copy(), step
         self._packed, self._rows_of = packed, rows_of
 
