@@ -10,6 +10,7 @@ that is shared, others take the caches in either. What runs once a tick costs wh
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -54,7 +55,8 @@ def main() -> None:
     medians = {
         line: {pause: round(statistics.median(took[pause, line]) / 1000, 1) for pause in between} for line in lines
     }
-    report = {"command": "python benchmarks/cold_code.py", "machine": machine(), "median_us_after": medians}
+    command = " ".join(["python", "benchmarks/cold_code.py", *sys.argv[1:]])
+    report = {"command": command, "machine": machine(), "median_us_after": medians}
     print(json.dumps(report, indent=2))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,8 @@ system) per image. Both alternate in one run; each load is held against the mean
 after it, since the machine's pace drifts, and the figure is the median of these ratios. Both are processes that are
 launched several times, since where the system puts a process's memory makes its network some hundredths faster or
 slower for as long as it lives. 1 would mean that HTTP, JSON, scheduling, the solver step, noise, PNG and base64 cost
-nothing. Where the time goes is told by thread: the
-event loop is the first of the process, the engine is the one that takes the most, since it runs the network, and
-the rest are encoders and those that only wait.
+nothing. Where the time goes is told by thread: the event loop is the first of the process, the engine is the one that
+takes the most, since it runs the network, and the rest are encoders and those that only wait.
 
 What is not the network is Python, so it counts how the interpreter was compiled: ``--python`` takes several, each of
 an environment with fewstep, and serves with each by turns. So does ``--max-rows``, since much of it is paid once a
@@ -64,6 +63,8 @@ def main() -> None:
 
     if options.launches * options.rounds < 2:
         parser.error("--rounds: two at least, over all launches: the figure is told with its quartiles")
+    if min(options.max_rows) < 1:
+        parser.error(f"--max-rows: {min(options.max_rows)}, must be at least 1")
 
     bundle = Bundle.load(options.bundle)
     variants = list(product(options.python, options.max_rows))

@@ -79,7 +79,7 @@ class NativeStep:
 
 
 def _address(array: Array) -> int:
-    """Of its first element. numpy's ``array.ctypes.data`` takes several times as long, and a step has nine."""
+    """Of its first element. numpy's ``array.ctypes.data`` takes several times as long, and every tick asks."""
     try:
         return ctypes.addressof(_first(array))
     except TypeError:  # it is read-only

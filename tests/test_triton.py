@@ -458,9 +458,9 @@ def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
     # Where the client is kept from its core, a request may be through before the next is sent: so it has several tries.
     # Quiet it is 42; requests that share nothing make 160, however quick the client is.
     counts = list[int]()
-    while len(counts) < 10 and not any(count <= 0.9 * 20 * 8 for count in counts):
+    while len(counts) < 10 and not any(count <= 0.75 * 20 * 8 for count in counts):
         counts.append(executed())
-    assert 8 <= counts[-1] <= 0.9 * 20 * 8, counts
+    assert 8 <= counts[-1] <= 0.75 * 20 * 8, counts
 
 
 def test_a_new_version_takes_over_while_the_server_runs(
