@@ -151,6 +151,8 @@ class Student:
                 backend=backend_on(said["device"], said["precision"]),
             )
             self.engine.warm_up()
+            if "sequence_batching" in config:
+                _refuse_slow(self.engine, int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6)
         except Exception as error:  # whatever it is: Triton's log gets one line
             raise pb.TritonModelException(f"{args['model_name']}: {' '.join(str(error).split())}") from None
 
@@ -183,6 +185,21 @@ def _see_one_gpu(args: dict[str, str]) -> None:
     gpu = args["model_instance_device_id"]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(gpu)] if seen else gpu
+
+
+def _refuse_slow(engine: Engine, idle_s: float) -> None:
+    """Refuse a student whose steps take longer than Triton lets a sequence be idle: it would end them unfinished.
+
+    Raises:
+        BackendError: they do, or two of them.
+    """
+    a_s, b_s = engine.pace.line()
+    step_s = a_s + b_s * engine.max_rows
+    if 2 * step_s > idle_s:
+        raise BackendError(
+            f"a step of {engine.max_rows} images takes {step_s:.3g} s, too long for a sequence that Triton ends after "
+            f"{idle_s:g} s: raise max_sequence_idle_microseconds in config.pbtxt, or export with fewer --max-rows"
+        )
 
 
 def model_of(args: dict[str, str]) -> "Inflight | Loop | Iterative":
@@ -310,11 +327,17 @@ class Loop:
 
 
 class Iterative:
-    """execute() is one step; Triton brings the unfinished requests again."""
+    """execute() is one step; Triton brings the unfinished requests again.
+
+    Triton frees the place of a request that ends, but not if its client was gone by then: see its core's
+    ``IterativeSequencer::RescheduleRequest``. So a cancelled one is never ended here: it goes back in line, where
+    Triton finds it cancelled and frees its place. One that Triton drops from its line between two steps is not heard of
+    again, and keeps its place until ``max_sequence_idle_microseconds`` are over.
+    """
 
     def __init__(self, student: Student) -> None:
         self._student = student
-        self._calls: dict[int, Call] = {}  # by Triton's sequence
+        self._calls: dict[int, Call] = {}  # by Triton's sequence; who was brought last is last
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Start what is new, step all rows, answer what is finished."""
@@ -322,8 +345,9 @@ class Iterative:
         known: list[tuple[Call | None, Any | None]] = []
         for request in requests:
             is_first = bool(pb.get_input_tensor_by_name(request, "START").as_numpy().any())
-            call = self._calls.get(request.correlation_id())
+            call = self._calls.pop(request.correlation_id(), None)
             if call is not None and not is_first:
+                self._calls[request.correlation_id()] = call
                 known.append((call, None))
                 continue
             if call is not None:  # left behind by a client that is gone
@@ -337,24 +361,28 @@ class Iterative:
             if call and request.is_cancelled():
                 call.cancel()
         student.engine.step()
-        for request, (call, refusal) in zip(requests, known, strict=True):
-            if call and not refusal and request.flags() & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END:
-                while not call.is_done:  # its client called it a whole sequence; Triton would not bring it again
-                    student.engine.step()
+        # A client may call its request a whole sequence: Triton would not bring that again.
+        are_whole = [bool(request.flags() & pb.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END) for request in requests]
+        for is_whole, (call, refusal) in zip(are_whole, known, strict=True):
+            while is_whole and call and not refusal and not call.is_done:
+                student.engine.step()
         responses: list[Any] = []
-        for request, (call, refusal) in zip(requests, known, strict=True):
+        for request, is_whole, (call, refusal) in zip(requests, are_whole, known, strict=True):
             sender = request.get_response_sender() if student.is_decoupled else None
             if call and sender:
                 _show(call, sender)
-            if call and not refusal and not call.is_done:
+            is_done = call is None or refusal is not None or call.is_done
+            if is_done:
+                self._calls.pop(request.correlation_id(), None)
+            if not is_done or (not is_whole and request.is_cancelled()):
                 request.set_release_flags(_AGAIN)
                 responses.append(None)
-                continue
-            self._calls.pop(request.correlation_id(), None)
-            if sender:
+            elif sender:
                 _finish(refusal, call, sender)
             else:
                 responses.append(refusal or (call and call.answer()))
+        while len(self._calls) > student.max_rows:  # Triton has no place for more: it dropped the first of them
+            self._calls.pop(next(iter(self._calls))).cancel()
         return None if student.is_decoupled else responses
 
     def finalize(self) -> None:

@@ -248,7 +248,7 @@ def model_config(
         }
         config["sequence_batching"] = {
             "iterative_sequence": True,
-            "max_sequence_idle_microseconds": 60_000_000,
+            "max_sequence_idle_microseconds": 5_000_000,
             "control_input": [{"name": one, "control": [kind]} for one, kind in control.items()],
             "oldest": {"max_candidate_sequences": max_rows},
         }

@@ -19,7 +19,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -435,32 +435,74 @@ def test_an_inflight_model_stops_the_samples_of_a_client_that_went_away(
     assert sorted(shares)[1] < 0.65, shares  # about 0.4; were they finished, it would be 0.9
 
 
-def test_requests_share_the_steps_that_triton_schedules(where: Where) -> None:
-    """By Triton's own count of iterative executions, each of which is one network call: far fewer than the steps."""
+# A step of a network that takes 40 ms.
+SLOW = """
+at_once = Iterative.execute
 
-    def executions() -> int:
-        path = f"http://{where.http}/v2/models/digits-iterative/stats"
-        with urllib.request.urlopen(path, timeout=30) as response:
-            count: int = json.load(response)["model_stats"][0]["execution_count"]
-        return count
 
-    asked = [inputs(triton_grpc, {"LABEL": 1, "SEED": i, "STEPS": 8}) for i in range(20)]
+def slowly(self, requests):
+    time.sleep(0.04)
+    return at_once(self, requests)
 
-    def executed() -> int:
-        before = executions()
-        answers: queue.Queue[Any] = queue.Queue()
-        with triton_grpc.InferenceServerClient(where.grpc) as client:
-            for given in asked:
-                client.async_infer("digits-iterative", given, lambda result, error: answers.put(error))
-            assert [answers.get(timeout=60) for _ in range(20)] == [None] * 20
-        return executions() - before
 
-    # Where the client is kept from its core, a request may be through before the next is sent: so it has several tries.
-    # Quiet it is 42; requests that share nothing make 160, however quick the client is.
-    counts = list[int]()
-    while len(counts) < 10 and not any(count <= 0.75 * 20 * 8 for count in counts):
-        counts.append(executed())
-    assert 8 <= counts[-1] <= 0.75 * 20 * 8, counts
+Iterative.execute = slowly
+"""
+
+
+@pytest.mark.parametrize("is_decoupled", [False, True])
+def test_iterative_requests_share_steps_and_cancelled_ones_leave_no_place_taken(
+    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path, is_decoupled: bool
+) -> None:
+    """By Triton's own count of executions, each of which is one network call, and with no help of its idle timeout."""
+    repository = tmp_path / "repository"
+    model = write_model(
+        Bundle.load(make_bundle()), repository, variant="iterative", name="slow", is_decoupled=is_decoupled,
+        max_rows=4, threads=1,
+    )  # fmt: skip
+    with (model / "1" / "fewstep/deploy/triton_model.py").open("a") as code:
+        code.write(SLOW)
+    config = (model / "config.pbtxt").read_text()
+    idle = "max_sequence_idle_microseconds: "
+    assert f"{idle}5000000" in config
+    (model / "config.pbtxt").write_text(config.replace(f"{idle}5000000", f"{idle}60000000"))
+    ended: queue.Queue[Any] = queue.Queue()
+
+    with running(environment, repository, tmp_path / "log") as (http, grpc):
+
+        def executions() -> int:
+            with urllib.request.urlopen(f"http://{http}/v2/models/slow/stats", timeout=30) as response:
+                count: int = json.load(response)["model_stats"][0]["execution_count"]
+            return count
+
+        def start(client: Any, seed: int) -> Any:
+            asked = inputs(triton_grpc, {"LABEL": 1, "SEED": seed, "STEPS": 8})
+            if is_decoupled:
+                client.start_stream(lambda result, error: ended.put(error))
+                client.async_stream_infer("slow", asked)
+                return client
+            return client.async_infer("slow", asked, lambda result, error: ended.put(error))
+
+        def cancel(call: Any) -> None:
+            call.stop_stream(cancel_requests=True) if is_decoupled else call.cancel()
+
+        with ExitStack() as stack:
+            clients = [stack.enter_context(triton_grpc.InferenceServerClient(grpc)) for _ in range(8)]
+            for client in clients:  # twice the places, one by one, each in the midst of a step
+                before, call, until_s = executions(), start(client, 0), time.monotonic() + 20
+                while executions() < before + 2:
+                    assert time.monotonic() < until_s, "it has no place for the request"
+                    time.sleep(0.002)
+                time.sleep(0.01)
+                cancel(call)
+            before = executions()
+            while ended.qsize():
+                ended.get()
+            calls = [start(client, i) for i, client in enumerate(clients)]
+            errors = [ended.get(timeout=30) for _ in calls]
+            assert errors == [None] * 8
+            assert 16 <= executions() - before < 40, executions() - before
+            for client in clients if is_decoupled else ():
+                client.stop_stream()
 
 
 def test_a_new_version_takes_over_while_the_server_runs(
@@ -959,6 +1001,9 @@ def test_triton_says_of_each_bad_model_in_one_line_what_is_wrong_and_serves_the_
     expected = {name: line.format(folder=folder) for name, (_, _, line) in SPOILT.items()}
     expected["gpu"] = "instance group gpu_0 of model gpu has kind KIND_GPU but no GPUs are available"
     write_model(bundle, folder, name="gpu", device="cuda")
+    expected["idle"] = "raise max_sequence_idle_microseconds in config.pbtxt, or export with fewer --max-rows"
+    idle = write_model(bundle, folder, name="idle", variant="iterative") / "config.pbtxt"
+    idle.write_text(re.sub(r"(max_sequence_idle_microseconds): \d+", r"\1: 1", idle.read_text()))
     write_model(bundle, folder, name="good", threads=1)
     for name, (spoil, _, _) in SPOILT.items():
         spoil(write_model(bundle, folder, name=name))
