@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from fewstep.runtime import Bundle, Engine, Request
 
@@ -97,10 +97,20 @@ def test_a_guided_student_offers_its_guidance(browser: Browser, url: str) -> Non
         assert '"guidance_scale":4' in page.locator("#curl").inner_text()
 
 
+def test_nothing_can_be_asked_before_the_students_are_known(browser: Browser, url: str) -> None:
+    with browsing(browser) as page:
+        held: list[Route] = []
+        page.route("**/v1/models", lambda route: held.append(route))
+        page.goto(url)
+        expect(page.locator("#go")).to_be_disabled()
+        held[0].continue_()
+        expect(page.locator("#go")).to_be_enabled()
+
+
 def test_an_error_of_the_server_is_shown_as_its_one_line(browser: Browser, url: str) -> None:
     with browsing(browser) as page:
         page.goto(url)
-        expect(page.locator("#model")).to_have_value("digits")  # it has the students, and will not set the bound again
+        expect(page.locator("#go")).to_be_enabled()  # it has the students, and will not set the bound again
         page.evaluate("document.querySelector('#n').max = 1000")
         page.locator("#n").fill("65")
         page.get_by_role("button", name="Generate").click()
@@ -111,6 +121,7 @@ def test_an_error_of_the_server_is_shown_as_its_one_line(browser: Browser, url: 
 def test_the_page_works_from_the_keyboard_on_a_phone(browser: Browser, url: str) -> None:
     with browsing(browser, width=360, height=740) as page:
         page.goto(url)
+        expect(page.locator("#go")).to_be_enabled()
         page.locator("#seed").focus()
         page.keyboard.press("Enter")
         expect(page.locator("#images img")).to_have_count(8)
