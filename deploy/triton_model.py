@@ -137,6 +137,7 @@ class Student:
         self.max_rows = int(said["max_rows"])
         self.max_images = max(1, config["max_batch_size"])
         self.is_decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled"))
+        self.idle_s = int(config.get("sequence_batching", {}).get("max_sequence_idle_microseconds", 0)) / 1e6
         threads = int(said.get("threads") or 0) or None
         try:
             if said["device"] != "cpu":
@@ -151,8 +152,6 @@ class Student:
                 backend=backend_on(said["device"], said["precision"]),
             )
             self.engine.warm_up()
-            if "sequence_batching" in config:
-                _refuse_slow(self.engine, int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6)
         except Exception as error:  # whatever it is: Triton's log gets one line
             raise pb.TritonModelException(f"{args['model_name']}: {' '.join(str(error).split())}") from None
 
@@ -185,21 +184,6 @@ def _see_one_gpu(args: dict[str, str]) -> None:
     gpu = args["model_instance_device_id"]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(gpu)] if seen else gpu
-
-
-def _refuse_slow(engine: Engine, idle_s: float) -> None:
-    """Refuse a student whose steps take longer than Triton lets a sequence be idle: it would end them unfinished.
-
-    Raises:
-        BackendError: they do, or two of them.
-    """
-    a_s, b_s = engine.pace.line()
-    step_s = a_s + b_s * engine.max_rows
-    if 2 * step_s > idle_s:
-        raise BackendError(
-            f"a step of {engine.max_rows} images takes {step_s:.3g} s, too long for a sequence that Triton ends after "
-            f"{idle_s:g} s: raise max_sequence_idle_microseconds in config.pbtxt, or export with fewer --max-rows"
-        )
 
 
 def model_of(args: dict[str, str]) -> "Inflight | Loop | Iterative":
@@ -332,22 +316,22 @@ class Iterative:
     Triton frees the place of a request that ends, but not if its client was gone by then: see its core's
     ``IterativeSequencer::RescheduleRequest``. So a cancelled one is never ended here: it goes back in line, where
     Triton finds it cancelled and frees its place. One that Triton drops from its line between two steps is not heard of
-    again, and keeps its place until ``max_sequence_idle_microseconds`` are over.
+    again, and keeps its place until ``max_sequence_idle_microseconds`` are over: so there are more places than rows.
     """
 
     def __init__(self, student: Student) -> None:
         self._student = student
-        self._calls: dict[int, Call] = {}  # by Triton's sequence; who was brought last is last
+        self._calls: dict[int, tuple[Call, float]] = {}  # by Triton's sequence; and when brought last, in that order
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Start what is new, step all rows, answer what is finished."""
-        student = self._student
+        student, now_s = self._student, time.monotonic()
         known: list[tuple[Call | None, Any | None]] = []
         for request in requests:
             is_first = bool(pb.get_input_tensor_by_name(request, "START").as_numpy().any())
-            call = self._calls.pop(request.correlation_id(), None)
+            call, _ = self._calls.pop(request.correlation_id(), (None, 0.0))
             if call is not None and not is_first:
-                self._calls[request.correlation_id()] = call
+                self._calls[request.correlation_id()] = call, now_s
                 known.append((call, None))
                 continue
             if call is not None:  # left behind by a client that is gone
@@ -356,7 +340,7 @@ class Iterative:
             refusal = student.submit(made) if isinstance(made, Call) else made
             known.append((made if isinstance(made, Call) else None, refusal))
             if refusal is None:
-                self._calls[request.correlation_id()] = made
+                self._calls[request.correlation_id()] = made, now_s
         for request, (call, _) in zip(requests, known, strict=True):
             if call and request.is_cancelled():
                 call.cancel()
@@ -381,8 +365,8 @@ class Iterative:
                 _finish(refusal, call, sender)
             else:
                 responses.append(refusal or (call and call.answer()))
-        while len(self._calls) > student.max_rows:  # Triton has no place for more: it dropped the first of them
-            self._calls.pop(next(iter(self._calls))).cancel()
+        while self._calls and now_s - (oldest := next(iter(self._calls.items())))[1][1] > student.idle_s:
+            self._calls.pop(oldest[0])[0].cancel()  # Triton has dropped it
         return None if student.is_decoupled else responses
 
     def finalize(self) -> None:

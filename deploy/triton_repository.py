@@ -34,6 +34,7 @@ _ON_A_GPU: dict[DeviceName, tuple[str, str]] = {  # in the place of onnxruntime;
 }
 CONFIG, MODEL, BUNDLE, GRAPH, PLAN = "config.pbtxt", "model.py", "bundle", "model.onnx", "model.plan"
 GRAPH_CASES = f"{GRAPH}.cases.safetensors"  # requests, with the engine's pixels
+PLACES = 1024  # sequences that Triton lets to a model's rows at a time
 CORES = "fewstep-cores"  # the rate limiter's name for CPU threads
 _PACKAGE = Path(__file__).parents[1]
 _CARRIED = ("kernels", "runtime", "deploy")
@@ -248,9 +249,9 @@ def model_config(
         }
         config["sequence_batching"] = {
             "iterative_sequence": True,
-            "max_sequence_idle_microseconds": 5_000_000,
+            "max_sequence_idle_microseconds": 60_000_000,
             "control_input": [{"name": one, "control": [kind]} for one, kind in control.items()],
-            "oldest": {"max_candidate_sequences": max_rows},
+            "oldest": {"max_candidate_sequences": max(PLACES, max_rows)},
         }
     else:
         config["dynamic_batching"] = queue_policy()

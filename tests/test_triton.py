@@ -435,13 +435,14 @@ def test_an_inflight_model_stops_the_samples_of_a_client_that_went_away(
     assert sorted(shares)[1] < 0.65, shares  # about 0.4; were they finished, it would be 0.9
 
 
-# A step of a network that takes 40 ms.
+# A step of a network that takes 40 ms for requests of eight steps.
 SLOW = """
 at_once = Iterative.execute
 
 
 def slowly(self, requests):
-    time.sleep(0.04)
+    if any(8 in pb.get_input_tensor_by_name(request, "STEPS").as_numpy() for request in requests):
+        time.sleep(0.04)
     return at_once(self, requests)
 
 
@@ -449,60 +450,80 @@ Iterative.execute = slowly
 """
 
 
-@pytest.mark.parametrize("is_decoupled", [False, True])
-def test_iterative_requests_share_steps_and_cancelled_ones_leave_no_place_taken(
-    environment: Environment, make_bundle: Callable[..., Path], tmp_path: Path, is_decoupled: bool
-) -> None:
-    """By Triton's own count of executions, each of which is one network call, and with no help of its idle timeout."""
-    repository = tmp_path / "repository"
+@pytest.fixture(params=[False, True], ids=["one answer", "stream"])
+def slow(
+    request: pytest.FixtureRequest, make_bundle: Callable[..., Path], tmp_path: Path
+) -> tuple[Path, Callable[[Any, int, Any], Callable[[], object]]]:
+    """A repository of an iterative model of four rows, and how to ask it.
+
+    That takes a client, which asks for one image at a time, a number of steps, of which eight take 40 ms each, and
+    a queue for the error, or None; it gives what cancels it.
+    """
+    is_decoupled = request.param
     model = write_model(
-        Bundle.load(make_bundle()), repository, variant="iterative", name="slow", is_decoupled=is_decoupled,
-        max_rows=4, threads=1,
+        Bundle.load(make_bundle()), tmp_path / "repository", variant="iterative", name="slow", max_rows=4, threads=1,
+        is_decoupled=is_decoupled,
     )  # fmt: skip
     with (model / "1" / "fewstep/deploy/triton_model.py").open("a") as code:
         code.write(SLOW)
-    config = (model / "config.pbtxt").read_text()
-    idle = "max_sequence_idle_microseconds: "
-    assert f"{idle}5000000" in config
-    (model / "config.pbtxt").write_text(config.replace(f"{idle}5000000", f"{idle}60000000"))
-    ended: queue.Queue[Any] = queue.Queue()
 
-    with running(environment, repository, tmp_path / "log") as (http, grpc):
+    def start(client: Any, steps: int, ended: Any) -> Callable[[], object]:
+        asked = inputs(triton_grpc, {"LABEL": 1, "SEED": 1, "STEPS": steps})
+        if not is_decoupled:
+            call = client.async_infer("slow", asked, lambda result, error: ended.put(error))
+            return lambda: call.cancel()
+        client.start_stream(lambda result, error: ended.put(error))
+        client.async_stream_infer("slow", asked)
+        return lambda: client.stop_stream(cancel_requests=True)
 
-        def executions() -> int:
-            with urllib.request.urlopen(f"http://{http}/v2/models/slow/stats", timeout=30) as response:
-                count: int = json.load(response)["model_stats"][0]["execution_count"]
-            return count
+    return tmp_path / "repository", start
 
-        def start(client: Any, seed: int) -> Any:
-            asked = inputs(triton_grpc, {"LABEL": 1, "SEED": seed, "STEPS": 8})
-            if is_decoupled:
-                client.start_stream(lambda result, error: ended.put(error))
-                client.async_stream_infer("slow", asked)
-                return client
-            return client.async_infer("slow", asked, lambda result, error: ended.put(error))
 
-        def cancel(call: Any) -> None:
-            call.stop_stream(cancel_requests=True) if is_decoupled else call.cancel()
+def executions(http: str) -> int:
+    """Triton's own count of them, each of which is one network call."""
+    with urllib.request.urlopen(f"http://{http}/v2/models/slow/stats", timeout=30) as response:
+        count: int = json.load(response)["model_stats"][0]["execution_count"]
+        return count
 
-        with ExitStack() as stack:
-            clients = [stack.enter_context(triton_grpc.InferenceServerClient(grpc)) for _ in range(8)]
-            for client in clients:  # twice the places, one by one, each in the midst of a step
-                before, call, until_s = executions(), start(client, 0), time.monotonic() + 20
-                while executions() < before + 2:
-                    assert time.monotonic() < until_s, "it has no place for the request"
-                    time.sleep(0.002)
-                time.sleep(0.01)
-                cancel(call)
-            before = executions()
-            while ended.qsize():
-                ended.get()
-            calls = [start(client, i) for i, client in enumerate(clients)]
-            errors = [ended.get(timeout=30) for _ in calls]
-            assert errors == [None] * 8
-            assert 16 <= executions() - before < 40, executions() - before
-            for client in clients if is_decoupled else ():
-                client.stop_stream()
+
+def test_iterative_requests_share_their_steps_after_others_were_cancelled(
+    environment: Environment, slow: Any, tmp_path: Path
+) -> None:
+    """At any moment of steps that take no time, so that Triton drops many of them in its own line."""
+    repository, start = slow
+    random = np.random.default_rng(0)
+    with running(environment, repository, tmp_path / "log") as (http, grpc), ExitStack() as stack:
+        clients = [stack.enter_context(triton_grpc.InferenceServerClient(grpc)) for _ in range(16)]
+        for _ in range(3):
+            for client in clients * 3:
+                cancel = start(client, 4, queue.Queue())
+                time.sleep(random.uniform(0.0, 0.005))
+                cancel()
+            before, ended = executions(http), queue.Queue[Any]()
+            cancels = [start(client, 8, ended) for client in clients[:8]]
+            assert [ended.get(timeout=20) for _ in range(8)] == [None] * 8
+            for cancel in cancels:
+                cancel()  # a stream ends
+            assert 16 <= executions(http) - before < 40  # alone each takes eight
+
+
+def test_an_iterative_request_that_is_cancelled_in_its_step_keeps_no_place(
+    environment: Environment, slow: Any, tmp_path: Path
+) -> None:
+    """Eight of them, one by one, of a model with no more places than its four rows."""
+    repository, start = slow
+    config = repository / "slow" / "config.pbtxt"
+    config.write_text(re.sub(r"(max_candidate_sequences): \d+", r"\1: 4", config.read_text()))
+    with running(environment, repository, tmp_path / "log") as (http, grpc), ExitStack() as stack:
+        for _ in range(8):
+            client = stack.enter_context(triton_grpc.InferenceServerClient(grpc))
+            before, until_s = executions(http), time.monotonic() + 20
+            cancel = start(client, 8, queue.Queue())
+            while executions(http) < before + 2:
+                assert time.monotonic() < until_s, "it has no place for the request"
+                time.sleep(0.002)
+            time.sleep(0.01)
+            cancel()
 
 
 def test_a_new_version_takes_over_while_the_server_runs(
@@ -1001,9 +1022,6 @@ def test_triton_says_of_each_bad_model_in_one_line_what_is_wrong_and_serves_the_
     expected = {name: line.format(folder=folder) for name, (_, _, line) in SPOILT.items()}
     expected["gpu"] = "instance group gpu_0 of model gpu has kind KIND_GPU but no GPUs are available"
     write_model(bundle, folder, name="gpu", device="cuda")
-    expected["idle"] = "raise max_sequence_idle_microseconds in config.pbtxt, or export with fewer --max-rows"
-    idle = write_model(bundle, folder, name="idle", variant="iterative") / "config.pbtxt"
-    idle.write_text(re.sub(r"(max_sequence_idle_microseconds): \d+", r"\1: 1", idle.read_text()))
     write_model(bundle, folder, name="good", threads=1)
     for name, (spoil, _, _) in SPOILT.items():
         spoil(write_model(bundle, folder, name=name))
