@@ -16,7 +16,9 @@ is the server and how it batches:
     triton              Triton's Python backend with its dynamic batching: `fewstep export --triton --variant loop`
 
 The scenarios: ``uniform`` four steps at 32 clients on the CPU; ``mixed`` 1, 4 and 16 steps in a closed loop, on the CPU
-and on the simulated accelerator; ``half`` the same mix in an open loop at half of what fastapi-bucketed gave.
+and on the simulated accelerator; ``half`` the same mix in an open loop at half of what fastapi-bucketed gave. In
+``uniform`` the network is called by itself before and after each load, since the machine's pace drifts: a server's CPU
+time is told in that of its network calls, too.
 """
 
 import argparse
@@ -32,13 +34,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
+from cpu_efficiency import Bare
 
 from fewstep.bench.report import Round, machine
 from fewstep.bench.run import address_of, bench
@@ -91,7 +94,7 @@ def main() -> None:
     python = environment(options.environment)
     with tempfile.TemporaryDirectory() as folder:
         bundle = student(Path(folder) / "student")
-        made: dict[str, dict[str, list[Round]]] = {}
+        made: dict[str, dict[str, list[Measured]]] = {}
         for number in range(options.rounds):
             for name in options.scenarios:
                 servers = [server for server in SCENARIOS[name]["servers"] if server in options.servers]
@@ -103,7 +106,19 @@ def main() -> None:
             report(options, python, made, number + 1)
 
 
-def report(options: argparse.Namespace, python: Path, made: dict[str, dict[str, list[Round]]], rounds: int) -> None:
+class Measured(NamedTuple):
+    """A server under a load."""
+
+    round: Round
+    network_ms: float | None  # CPU time of an image's network calls by themselves, then and there
+
+    @property
+    def cpu_over_network(self) -> float | None:
+        """The server's CPU time as a multiple of the network's."""
+        return self.round["server"]["cpu_ms_per_image"] / self.network_ms if self.network_ms else None
+
+
+def report(options: argparse.Namespace, python: Path, made: dict[str, dict[str, list[Measured]]], rounds: int) -> None:
     """Print and write what there is so far."""
     result = {
         "command": " ".join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
@@ -130,8 +145,8 @@ def measure(
     bundle: Bundle,
     python: Path,
     options: argparse.Namespace,
-    made: dict[str, dict[str, list[Round]]],
-) -> Round:
+    made: dict[str, dict[str, list[Measured]]],
+) -> Measured:
     """One server, checked and loaded."""
     said = SCENARIOS[scenario]
     is_simulated = scenario.endswith("simulated")
@@ -142,7 +157,7 @@ def measure(
         whole = made.get(scenario.replace("half", "mixed"), {}).get("fastapi-bucketed")
         if whole is None:
             raise SystemExit(f"{scenario}: takes its rate from fastapi-bucketed in mixed; ask for both")
-        rate = 0.5 * statistics.mean(one["total"]["requests_per_s"] for one in whole)
+        rate = 0.5 * statistics.mean(one.round["total"]["requests_per_s"] for one in whole)
         load: Workload = workload(rate=rate, seconds=seconds, warmup_s=warmup_s)
     else:
         load = workload(clients=said["clients"], seconds=seconds, warmup_s=warmup_s)
@@ -153,7 +168,13 @@ def measure(
     with running(server, bundle, python, said["max_batch"], simulate) as (url, pid):
         check(server, url, bundle, simulate)
         address = address_of(url, "http" if server == "triton" else "openai", model=bundle.name)
-        return bench(address, load, server_pid=pid, is_quiet=True)
+        if not scenario.startswith("uniform"):
+            return Measured(bench(address, load, server_pid=pid, is_quiet=True), None)
+        with Bare(bundle, said["max_batch"], threads=1) as network:
+            before_ms = network.cpu_ms_per_image(said["max_batch"], seconds / 4)
+            one = bench(address, load, server_pid=pid, is_quiet=True)
+            after_ms = network.cpu_ms_per_image(said["max_batch"], seconds / 4)
+        return Measured(one, (before_ms + after_ms) / 2)
 
 
 @contextmanager
@@ -280,17 +301,19 @@ def versions(python: Path) -> dict[str, str]:
     return told_
 
 
-def told(one: Round) -> str:
+def told(measured: Measured) -> str:
     """A round in one line."""
+    one = measured.round
+    over = f", {measured.cpu_over_network:.3f} times the network's" if measured.cpu_over_network else ""
     parts = one["kinds"].get("steps=1", one["total"])["latency_ms"]
     errors = sum(one["total"]["errors"].values())
     return (
-        f"{one['total']['images_per_s']:.1f} images/s, CPU {one['server']['cpu_ms_per_image']:.2f} ms an image, "
+        f"{one['total']['images_per_s']:.1f} images/s, CPU {one['server']['cpu_ms_per_image']:.2f} ms an image{over}, "
         f"p50 {parts['p50']:.0f} and p99 {parts['p99']:.0f} ms of the shortest kind, {errors} errors"
     )
 
 
-def figures(rounds: list[Round]) -> dict[str, Any]:
+def figures(rounds: list[Measured]) -> dict[str, Any]:
     """The median of each figure over the rounds, and every round's."""
     each = [
         {
@@ -301,11 +324,14 @@ def figures(rounds: list[Round]) -> dict[str, Any]:
             "errors": one["total"]["errors"],
             "generator": one["generator"],
             "load": {key: one["load"].get(key) for key in ("clients", "rate")},
+            **({"network_ms": network_ms} if network_ms else {}),
         }
-        for one in rounds
+        for one, network_ms in rounds
     ]
     kinds = each[0]["latency_ms"]
+    over = [one.cpu_over_network for one in rounds if one.cpu_over_network]
     return {
+        **({"cpu_over_network": statistics.median(over)} if over else {}),
         "images_per_s": statistics.median(one["images_per_s"] for one in each),
         "cpu_ms_per_image": statistics.median(one["cpu_ms_per_image"] for one in each),
         "memory_mb": statistics.median(one["memory_mb"] for one in each),
@@ -317,31 +343,27 @@ def figures(rounds: list[Round]) -> dict[str, Any]:
     }
 
 
-def verdicts(made: dict[str, dict[str, list[Round]]]) -> dict[str, float]:
+def verdicts(made: dict[str, dict[str, list[Measured]]]) -> dict[str, float]:
     """Fewstep against each peer: the median over rounds of the ratio within a round."""
 
-    def ratios(scenario: str, peer: str, *path: str) -> float:
-        def of(one: Round) -> float:
-            value: Any = one
-            for key in path:
-                value = value[key]
-            return float(value)
-
+    def ratios(scenario: str, peer: str, figure: Callable[[Measured], Any]) -> float:
         pairs = zip(made[scenario]["fewstep"], made[scenario][peer], strict=True)
-        return statistics.median(of(ours) / of(theirs) for ours, theirs in pairs)
+        return statistics.median(float(figure(ours)) / float(figure(theirs)) for ours, theirs in pairs)
 
     found: dict[str, float] = {}
     for scenario, by in made.items():
         for peer in by:
             if peer == "fewstep" or "fewstep" not in by:
                 continue
-            name = f"{scenario}, fewstep / {peer}"
+            told: dict[str, Callable[[Measured], Any]] = {"images/s": lambda one: one.round["total"]["images_per_s"]}
             if scenario.startswith("uniform"):
-                found[f"{name}, CPU time an image"] = ratios(scenario, peer, "server", "cpu_ms_per_image")
-            found[f"{name}, images/s"] = ratios(scenario, peer, "total", "images_per_s")
-            if not scenario.startswith("uniform"):
-                for p in ("p50", "p99"):
-                    found[f"{name}, 1-step {p}"] = ratios(scenario, peer, "kinds", "steps=1", "latency_ms", p)
+                told["CPU time an image"] = lambda one: one.round["server"]["cpu_ms_per_image"]
+                told["CPU time over the network's"] = lambda one: one.cpu_over_network
+            else:
+                told["1-step p50"] = lambda one: one.round["kinds"]["steps=1"]["latency_ms"]["p50"]
+                told["1-step p99"] = lambda one: one.round["kinds"]["steps=1"]["latency_ms"]["p99"]
+            for name, figure in told.items():
+                found[f"{scenario}, fewstep / {peer}, {name}"] = ratios(scenario, peer, figure)
     return found
 
 
