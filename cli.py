@@ -1120,7 +1120,3 @@ def main() -> None:
         if isinstance(error, OSError):
             _stop_at_file(error)
         raise
-
-
-if __name__ == "__main__":
-    main()

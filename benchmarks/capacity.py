@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latency import served
+from server import serving
 
 from fewstep.bench.capacity import attempt, latencies_ms, measured, most_of, needed
 from fewstep.bench.report import machine
 from fewstep.bench.run import address_of, bench
 from fewstep.bench.simulation import Replica, Routing, simulate
 from fewstep.bench.workload import Workload, workload
-from fewstep.runtime import Bundle
 from fewstep.runtime.simulated import Cost
 
 MIX = "steps=1:0.3, steps=4:0.4, steps=8:0.3"  # the median is well inside a kind, not on the jump between two
@@ -58,7 +57,7 @@ def main() -> None:
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in flags}
     for number in range(options.rounds):
         for name, more in flags.items():
-            with served(Bundle.load().path, *more) as (url, _):
+            with serving("--no-grpc", *more) as (url, *_):
                 rounds[name].append(one_round(url, options.seconds, number))
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/capacity.py", *sys.argv[1:]]),

@@ -75,7 +75,7 @@ def main() -> None:
             for python, max_rows in variants:
                 arguments = [str(bundle.path), "--threads", str(options.threads), "--max-rows", str(max_rows)]
                 arguments += ["--set", "request_timeout_s=600"]  # connections stay open while others have their turn
-                url, pid = stack.enter_context(serving(*arguments, python=python))
+                url, pid, _ = stack.enter_context(serving(*arguments, python=python))
                 check(url, bundle)
                 clients = stack.enter_context(Clients(url, bundle, options.clients))
                 clients.load(1.0)  # warm

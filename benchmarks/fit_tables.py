@@ -246,7 +246,7 @@ def wall(times: int) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 before, start_s = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
                 output = str(Path(folder) / "t.safetensors")
-                subprocess.run([sys.executable, "-m", "fewstep.cli", *command, "-o", output], check=True)
+                subprocess.run([sys.executable, "-m", "fewstep", *command, "-o", output], check=True)
                 took.append(time.perf_counter() - start_s)
                 after = resource.getrusage(resource.RUSAGE_CHILDREN)
                 cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

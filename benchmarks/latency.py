@@ -20,22 +20,19 @@ import asyncio
 import json
 import multiprocessing
 import random
-import re
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from server import serving
 
 from fewstep.bench.report import Round, machine
 from fewstep.bench.run import address_of, bench
@@ -86,11 +83,11 @@ def added(turns: int) -> dict[str, dict[str, Any]]:
     tableau, label = engine.tableau(None, STEPS), labels.parse(PROMPT)
     thread = EngineThread([engine])
     thread.start()
-    with served(bundle.path, "--threads", "1", grpc=True) as (url, grpc_url):
+    with serving("--threads", "1", "--grpc-port", "0") as (url, _, grpc_address):
         http = HTTPConnection(url.removeprefix("http://"))
         http.connect()
         http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        channel = grpc.insecure_channel(grpc_url.removeprefix("grpc://"))
+        channel = grpc.insecure_channel(grpc_address)
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(target=bare_server, args=(theirs,))
@@ -197,7 +194,7 @@ def ceiling(simulate: str, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(shutil.copytree(Bundle.load().path, Path(folder) / "student"))
         add_tables(path, [ddim(karras(16))])
-        with served(path, "--simulate", simulate, "--max-rows", str(ROWS)) as (url, _):
+        with serving(path, "--simulate", simulate, "--max-rows", str(ROWS), "--no-grpc") as (url, *_):
             address = address_of(url, "openai")
             full = replace(workload(clients=CLIENTS, seconds=seconds, warmup_s=3.0), kinds=kinds)
             half = replace(workload(rate=most / 2, seconds=seconds, warmup_s=3.0), kinds=kinds)
@@ -219,24 +216,6 @@ def p(one: Round, kind: str, percentile: str) -> float:
     """A percentile of the latency of a kind of requests, in milliseconds."""
     milliseconds: float = one["kinds"][kind]["latency_ms"][percentile]
     return milliseconds
-
-
-@contextmanager
-def served(bundle: Path, *flags: str, grpc: bool = False) -> Iterator[tuple[str, str]]:
-    """A server: its URL, and that of its gRPC."""
-    more = ["--grpc-port", "0"] if grpc else ["--no-grpc"]
-    command = [sys.executable, "-m", "fewstep.cli", "serve", str(bundle), "--port", "0", *more, *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        url = re.search(r"http://[\d.:]+", said)
-        grpc_url = re.search(r"gRPC at ([\d.:]+)", said)
-        assert url, said
-        yield url[0], f"grpc://{grpc_url[1]}" if grpc_url else ""
-    finally:
-        process.terminate()
-        process.wait()
 
 
 if __name__ == "__main__":

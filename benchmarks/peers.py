@@ -184,10 +184,10 @@ def running(
     """A server, until it is not needed any more."""
     port, grpc_port, metrics_port = free_ports(3)
     if server == "fewstep":
-        command = [sys.executable, "-m", "fewstep.cli", "serve", str(bundle.path), "--port", str(port), "--no-grpc"]
+        command = [sys.executable, "-m", "fewstep", "serve", str(bundle.path), "--port", str(port), "--no-grpc"]
         command += ["--max-rows", str(max_batch), "--threads", "1", *(["--simulate", simulate] if simulate else [])]
     elif server == "triton":
-        command = [sys.executable, "-m", "fewstep.cli"]
+        command = [sys.executable, "-m", "fewstep"]
         repository = bundle.path.parent / "triton"
         if not repository.exists():
             said = ["--variant", "loop", "--max-rows", str(max_batch), "--threads", "1"]

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,16 +88,25 @@ def growth(seconds: float) -> dict[str, list[dict[str, Any]]]:
         }
 
 
+class Serving(NamedTuple):
+    """Where a server that runs is found."""
+
+    url: str
+    pid: int
+    grpc: str  # host:port; empty without gRPC
+
+
 @contextmanager
-def serving(*arguments: str | Path, python: str = sys.executable) -> Iterator[tuple[str, int]]:
-    """Its URL and its process."""
-    command = [python, "-m", "fewstep.cli", "serve", *map(str, arguments), "--port", "0"]
+def serving(*arguments: str | Path, python: str = sys.executable) -> Iterator[Serving]:
+    """A server with these arguments, until the block ends."""
+    command = [python, "-m", "fewstep", "serve", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        found = re.search(r" at (http://[\d.]+:\d+) ", process.stdout.readline())
-        assert found
-        yield found[1], process.pid
+        said = process.stdout.readline()
+        url, grpc = re.search(r" at (http://[\d.]+:\d+) ", said), re.search(r"gRPC at ([\d.:]+)", said)
+        assert url, said
+        yield Serving(url[1], process.pid, grpc[1] if grpc else "")
     finally:
         process.terminate()
         process.wait()
@@ -124,7 +133,7 @@ def cold_start(starts: int) -> dict[str, Any]:
     listening, imaged, cpu = [], [], []
     for _ in range(starts):
         start_s = time.perf_counter()
-        with serving("--no-grpc") as (url, pid):
+        with serving("--no-grpc") as (url, pid, _):
             listening.append(time.perf_counter() - start_s)
             image = first_image(url)
             imaged.append(time.perf_counter() - start_s)
@@ -149,7 +158,7 @@ def memory(seconds: float) -> dict[str, float]:
     told: dict[str, float] = {}
     for flag in ("--no-grpc", "--grpc"):
         extra = [flag] if flag == "--no-grpc" else [flag, "--grpc-port", "0"]
-        with serving("--threads", "2", *extra) as (url, pid):
+        with serving("--threads", "2", *extra) as (url, pid, _):
             tree = ProcessTree(pid)
             first_image(url)
             told[f"{flag[2:]}, after one image"] = tree.memory_mb()
@@ -224,7 +233,7 @@ def size(folder: Path, pixels: int, seconds: float) -> dict[str, Any]:
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["sample_shape"] = [1, pixels, pixels]
     (path / MANIFEST).write_text(json.dumps(manifest))
-    with serving(path, "--simulate", FREE, "--no-grpc") as (url, _):
+    with serving(path, "--simulate", FREE, "--no-grpc") as (url, *_):
         assert first_image(url) == right_image(Bundle.load(path), backend=simulated(FREE))
         return row_of({"pixels": pixels}, bench(address_of(url), workload(clients=32, seconds=seconds), is_quiet=True))
 
@@ -240,7 +249,7 @@ def students(folder: Path, number: int, seconds: float) -> dict[str, Any]:
             manifest["name"] = f"student-{i}"
             (path / MANIFEST).write_text(json.dumps(manifest))
         paths.append(path)
-    with serving(*paths, "--threads", str(os.cpu_count() or 1), "--no-grpc") as (url, _):
+    with serving(*paths, "--threads", str(os.cpu_count() or 1), "--no-grpc") as (url, *_):
         right = right_image(Bundle.load())
         assert all(first_image(url, f"student-{i}") == right for i in range(number))
         kinds = tuple(Kind(f"student-{i}", 1.0, {"model": f"student-{i}"}) for i in range(number))

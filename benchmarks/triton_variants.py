@@ -147,7 +147,7 @@ def write(options: argparse.Namespace, bundle: Bundle, rounds: list[dict[str, di
 def standalone(bundle: Bundle, threads: int) -> Iterator[tuple[str, str]]:
     """`fewstep serve`; gives the addresses of HTTP and of gRPC."""
     http, grpc = free_ports(2)
-    command = [sys.executable, "-m", "fewstep.cli", "serve", str(bundle.path), "--port", str(http)]
+    command = [sys.executable, "-m", "fewstep", "serve", str(bundle.path), "--port", str(http)]
     command += ["--grpc-port", str(grpc), "--threads", str(threads)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -177,7 +177,7 @@ def bench(address: str, model: str, seconds: float, *load: str) -> Figures:
     """One run of `fewstep bench`."""
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "report.json"
-        command = [sys.executable, "-m", "fewstep.cli", "bench", "run", f"grpc://{address}", "--model", model]
+        command = [sys.executable, "-m", "fewstep", "bench", "run", f"grpc://{address}", "--model", model]
         command += ["--mix", MIX, "--seconds", str(seconds), "--json", str(file), *load]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         (report,) = json.loads(file.read_text())["rounds"]

@@ -51,7 +51,7 @@ from .tableau import Tableau, TableauError
 log = logging.getLogger("fewstep")
 
 LAST_TICK_S = 5.0  # for the tick that runs when time is up
-SMALL = 4096  # elements of a sample up to which those of a tick become uint8 together: to call numpy is what takes long
+TOGETHER = 4096  # elements of a sample up to which a tick's become uint8 together: to call numpy takes long
 MAX_LOADED = 256  # tables that may be loaded over a bundle's own
 DURATIONS_S = (
     0.005,
@@ -588,7 +588,7 @@ class Engine:
         pixels = pixels.reshape(-1, *self.bundle.manifest.sample_shape)
         tickets = [slots.tickets[i] for i in finished]
         slots.remove(finished)
-        pictures = to_uint8(pixels) if pixels[0].size <= SMALL else [None] * len(pixels)
+        pictures = to_uint8(pixels) if pixels[0].size <= TOGETHER else [None] * len(pixels)
         for i, ticket in enumerate(tickets):
             if is_finite[i]:
                 queue_s, run_s = ticket.started_s - ticket.submitted_s, now_s - ticket.started_s

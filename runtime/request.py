@@ -54,7 +54,7 @@ class Sample:
     queue_s: float  # from submission to the first network call
     run_s: float  # from the first network call to the last update
     ended_s: float = 0.0  # on time.monotonic()
-    picture: NDArray[np.uint8] | None = None  # what `to_uint8` gives, where it is there already
+    picture: NDArray[np.uint8] | None = None  # what `to_uint8` gives, where it is there already; goes with pixels
 
     @property
     def num_steps(self) -> int:

@@ -79,7 +79,7 @@ def run(bundle: str | None, output: Path, port: int, stay: bool) -> None:
 
 @contextmanager
 def _server(bundle: str | None, port: int) -> Iterator[tuple["subprocess.Popen[str]", tuple[str, int]]]:
-    command = [sys.executable, "-m", "fewstep.cli", "serve", *([bundle] if bundle else []), "--port", str(port)]
+    command = [sys.executable, "-m", "fewstep", "serve", *([bundle] if bundle else []), "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-SMALL = 4096  # bytes of pixels of an answer up to which the loop encodes it; a PNG of so many is not deflated
+ON_LOOP = 4096  # bytes of pixels of an answer up to which the loop encodes it; a PNG of so many is not deflated
 HOLD_S = 0.002  # how long a finished body may wait for those that are encoded after it
 
 
@@ -49,7 +49,7 @@ class Encoders:
             work: what to do, in a thread or on the future's loop.
         """
         job = _Job(done, work)
-        if num_bytes > SMALL:
+        if num_bytes > ON_LOOP:
             self._jobs.put(job)
             return
         with suppress(RuntimeError):  # the loop was closed meanwhile: nobody listens
@@ -57,7 +57,7 @@ class Encoders:
 
     async def run(self, num_bytes: int, work: Callable[..., T], *arguments: Any) -> T:
         """What the work returns; see `submit`."""
-        if num_bytes <= SMALL:
+        if num_bytes <= ON_LOOP:
             return work(*arguments)
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self.submit(done, num_bytes, partial(work, *arguments))

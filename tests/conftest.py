@@ -199,7 +199,7 @@ def poison_label(path: Path, label: int) -> None:
 
 @contextmanager
 def _serving(*arguments: str | Path) -> Iterator[tuple["subprocess.Popen[str]", tuple[str, int]]]:
-    command = [sys.executable, "-m", "fewstep.cli", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "fewstep", "serve", *map(str, arguments), "--port", "0", "--threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

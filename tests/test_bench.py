@@ -617,7 +617,7 @@ def test_a_trace_is_replayed_and_may_be_scaled(tmp_path: Path) -> None:
 
 def test_the_command_writes_reports_and_compares_them(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
     def fewstep(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "fewstep.cli", "bench", *map(str, arguments)]
+        command = [sys.executable, "-m", "fewstep", "bench", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     load = ("--clients", "8", "--seconds", "2", "--warmup", "0.2", "--threads", "1")

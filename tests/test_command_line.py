@@ -97,7 +97,7 @@ def test_a_full_disk_is_told_in_one_line(words: str, said: str, tmp_path: Path) 
     """The system lets no file grow at all."""
     native_step()  # compiled and kept, if it was not yet
     process = subprocess.run(
-        [sys.executable, "-m", "fewstep.cli", *words.split()], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-m", "fewstep", *words.split()], capture_output=True, text=True, cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
     )  # fmt: skip
     assert process.returncode == 2, process.stderr

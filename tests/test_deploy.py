@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fewstep.server import Settings
 
 DEPLOY = Path(__file__).parents[1] / "docs" / "deploy"
-CLI = [sys.executable, "-m", "fewstep.cli"]
+CLI = [sys.executable, "-m", "fewstep"]
 Serving = Callable[..., AbstractContextManager[tuple[Any, tuple[str, int]]]]
 
 

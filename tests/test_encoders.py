@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
-from fewstep.server.encoders import SMALL, Encoders
+from fewstep.server.encoders import ON_LOOP, Encoders
 
-LARGE = SMALL + 1
+LARGE = ON_LOOP + 1
 
 
 def test_results_and_errors_reach_those_who_asked() -> None:
@@ -32,10 +32,10 @@ def test_small_work_is_done_on_the_loop_and_large_work_is_not() -> None:
     async def ask() -> list[int]:
         encoders = Encoders(1)
         done: list[asyncio.Future[int]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
-        submit = threading.Thread(target=lambda: [*map(partial(encoders.submit, num_bytes=SMALL, work=where), done)])
+        submit = threading.Thread(target=lambda: [*map(partial(encoders.submit, num_bytes=ON_LOOP, work=where), done)])
         done[1].cancel()
         submit.start()
-        found = [await done[0], await encoders.run(SMALL, where), await encoders.run(LARGE, where)]
+        found = [await done[0], await encoders.run(ON_LOOP, where), await encoders.run(LARGE, where)]
         encoders.stop()
         return found
 

@@ -63,7 +63,7 @@ classifier_images = 12_800
 
 
 def fewstep(*arguments: str | Path, cwd: Path) -> str:
-    command = [sys.executable, "-m", "fewstep.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "fewstep", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -122,7 +122,7 @@ def test_digits_from_a_recipe_to_recognisable_images_over_http(digits: Path, tmp
     with Image.open(tmp_path / "seven.png") as picture:
         assert picture.size == (2 * 18, 2 * 18)  # two by two, at twice the size, with gaps
 
-    command = [sys.executable, "-m", "fewstep.cli", "serve", "student", "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "fewstep", "serve", "student", "--port", "0", "--threads", "1"]
     server = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -238,7 +238,7 @@ def test_a_samples_bytes_are_those_of_its_pixels(baked: Bundle, monkeypatch: pyt
     """Whether it is small, so that they are made with those of its tick, or not."""
     requests = [Request(seed, baked.tableau("ddim", 1 + seed % 2), 0) for seed in range(6)]
     small = engine_of(baked).generate(requests)
-    monkeypatch.setattr("fewstep.runtime.engine.SMALL", 0)
+    monkeypatch.setattr("fewstep.runtime.engine.TOGETHER", 0)
     for one, other in zip(small, engine_of(baked).generate(requests), strict=True):
         assert one.picture is not None
         assert other.picture is None

@@ -180,7 +180,7 @@ def test_hooks_on_the_command_line(make_bundle: Callable[..., Path], tmp_path: P
     """They change the picture, and what a student cannot do is one line."""
 
     def generate(name: str, student: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "fewstep.cli", "generate", str(student), "--num", "2", "--solver", "ddim"]
+        command = [sys.executable, "-m", "fewstep", "generate", str(student), "--num", "2", "--solver", "ddim"]
         return subprocess.run(
             [*command, *flags, "-o", str(tmp_path / name)], capture_output=True, text=True, check=False
         )

@@ -13,6 +13,7 @@ FLOORS = {
     "client": 1, "kernels": 1, "runtime": 2, "export": 3, "training": 4, "server": 4, "bench": 4, "deploy": 5, "cli": 6
 }  # fmt: skip
 MODULES = {"client", "cli"}  # the others are folders
+ENTRIES = ("__init__.py", "__main__.py")
 TRAINING_ONLY = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "accelerate", "datasets", "diffusers"}
 SOURCES = sorted(
     path.relative_to(ROOT)
@@ -64,7 +65,7 @@ def test_what_serves_imports_nothing_of_training_or_export(source: Path) -> None
             assert name.split(".")[0] not in TRAINING_ONLY, f"{source} imports {name}"
 
 
-@pytest.mark.parametrize("source", [Path("__init__.py"), *SOURCES], ids=str)
+@pytest.mark.parametrize("source", [*map(Path, ENTRIES), *SOURCES], ids=str)
 def test_inside_the_package_imports_are_relative(source: Path) -> None:
     assert not [name for name, is_ours in imports(source) if not is_ours and name.split(".")[0] == "fewstep"]
 
@@ -85,7 +86,7 @@ def test_importing_what_serves_loads_no_training_package(module: str) -> None:
 def test_src_holds_links_only_and_one_for_each_part() -> None:
     """The folders of the checkout are the package: a file written in ``src`` would be one nobody finds."""
     links = {path.name: path for path in (ROOT / "src" / "fewstep").iterdir() if path.name != "__pycache__"}
-    assert set(links) == {"__init__.py", "py.typed", *(f"{name}.py" if name in MODULES else name for name in FLOORS)}
+    assert set(links) == {"py.typed", *ENTRIES, *(f"{name}.py" if name in MODULES else name for name in FLOORS)}
     for name, link in links.items():
         assert link.is_symlink()
         assert link.resolve() == ROOT / name

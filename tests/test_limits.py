@@ -71,7 +71,7 @@ def test_tables_of_more_steps_are_neither_listed_nor_chosen_nor_loaded(where: Wh
 
 
 def test_a_student_whose_default_is_beyond_the_limit_is_not_served(make_bundle: Callable[..., Path]) -> None:
-    command = [sys.executable, "-m", "fewstep.cli", "serve", str(make_bundle()), "--set", "max_steps=3", "--port", "0"]
+    command = [sys.executable, "-m", "fewstep", "serve", str(make_bundle()), "--set", "max_steps=3", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "fewstep: max_steps = 3: digits has 4 steps where nothing else is said\n"

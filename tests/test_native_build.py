@@ -58,7 +58,7 @@ def folders(tmp_path: Path) -> None:
 
 
 def test_a_server_without_a_compiler_says_that_numpy_does_the_step(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fewstep.cli", "serve", "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "fewstep", "serve", "--port", "0", "--threads", "1"]
     made = environment(tmp_path, PATH="")
     with subprocess.Popen(command, env=made, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None

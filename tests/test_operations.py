@@ -32,7 +32,7 @@ from fewstep.server.keys import ApiKey, Bucket, Keys, hashed
 Address = tuple[str, int]
 Serving = Callable[..., AbstractContextManager[tuple["subprocess.Popen[str]", Address]]]
 IMAGES = "/v1/images/generations"
-CLI = [sys.executable, "-m", "fewstep.cli"]
+CLI = [sys.executable, "-m", "fewstep"]
 
 
 def ask(

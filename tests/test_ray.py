@@ -63,7 +63,7 @@ def address(make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         (repository / name / "bundle.json").write_text(json.dumps({**manifest, "name": name}))
     config.write_text(f'simulate = "{STEP_MS}+0"\nmax_rows = {SLOTS}\nrepository = "{repository}"\n')
     host, port = "127.0.0.1", free_ports(1)[0]
-    command = [sys.executable, "-m", "fewstep.cli", "ray", str(make_bundle()), "--config", str(config)]
+    command = [sys.executable, "-m", "fewstep", "ray", str(make_bundle()), "--config", str(config)]
     command += ["--host", host, "--port", str(port), "--cpus", "0.1", "--min-replicas", "2", "--max-replicas", "3"]
     command += ["--max-queued", str(LINE), "--up-s", "1", "--down-s", "2", "--students", "2"]
     log = config.with_name("log")
@@ -284,7 +284,7 @@ def test_each_argument_of_the_application_is_a_flag_of_the_command() -> None:
 
 def test_the_command_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
     (tmp_path / "server.toml").write_text("max_rows = 0\n")
-    command = [sys.executable, "-m", "fewstep.cli", "ray", "--config", str(tmp_path / "server.toml")]
+    command = [sys.executable, "-m", "fewstep", "ray", "--config", str(tmp_path / "server.toml")]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout.startswith("fewstep: max_rows")

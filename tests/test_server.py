@@ -393,7 +393,7 @@ def test_sigterm_answers_what_was_accepted_and_exits_0(serving: Serving, make_bu
     ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "fewstep.cli", "serve", *arguments]
+    command = [sys.executable, "-m", "fewstep", "serve", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith(f"fewstep: {message}")
@@ -401,7 +401,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line(arguments: list[str], m
 
 
 def test_a_taken_port_is_named(make_bundle: Callable[..., Path], address: Address) -> None:
-    command = [sys.executable, "-m", "fewstep.cli", "serve", str(make_bundle()), "--port", str(address[1])]
+    command = [sys.executable, "-m", "fewstep", "serve", str(make_bundle()), "--port", str(address[1])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == f"fewstep: 127.0.0.1:{address[1]} cannot be listened on: Address already in use\n"
@@ -416,7 +416,7 @@ def test_settings_come_from_the_file_and_flags_win(
         generate(address, prompt="1", n=2)
         assert ask(address, "POST", "/v1/images/generations", {"prompt": "1", "n": 3})[0] == 400
     file.write_text("max_image = 2\n")
-    command = [sys.executable, "-m", "fewstep.cli", "serve", "--config", str(file)]
+    command = [sys.executable, "-m", "fewstep", "serve", "--config", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stderr == "fewstep: max_image is not a setting; did you mean max_images?\n"
 

@@ -59,7 +59,7 @@ def test_an_answer_is_the_same_by_whichever_thread(client: TestClient, monkeypat
         return [whole, [event["b64_json"] for event in events]]
 
     on_the_loop = answers()
-    monkeypatch.setattr("fewstep.server.encoders.SMALL", 0)
+    monkeypatch.setattr("fewstep.server.encoders.ON_LOOP", 0)
     assert answers() == on_the_loop
     assert [len(part) for part in on_the_loop] == [2, 3]
 

@@ -347,7 +347,7 @@ def test_where_tables_cannot_be_written_the_bundle_stays_what_it_was(bundle_copy
     assert second.stat().st_size > limit
     files = {file: file.read_bytes() for file in bundle_copy.rglob("*") if file.is_file()}
     process = subprocess.run(
-        [sys.executable, "-m", "fewstep.cli", "table", "add", bundle_copy, first, second], capture_output=True,
+        [sys.executable, "-m", "fewstep", "table", "add", bundle_copy, first, second], capture_output=True,
         text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     said = f"fewstep: {bundle_copy}: the tables cannot be written: File too large; nothing was changed\n"

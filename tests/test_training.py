@@ -170,7 +170,7 @@ def test_a_resume_takes_up_no_damage(tmp_path: Path) -> None:
 def test_no_process_goes_on_without_the_first(tmp_path: Path) -> None:
     """Killed, it cannot end the others; they would go on unseen, in a folder that the next run takes for its own."""
     recipe = recipe_file(tmp_path, TINY.replace("images = 2_400", "images = 2_400_000"))
-    command = [sys.executable, "-m", "fewstep.cli", "train", str(recipe), "--processes", "2", "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "fewstep", "train", str(recipe), "--processes", "2", "-o", str(tmp_path)]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 240
     while not (tmp_path / "teacher" / "log.csv").exists():
@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path: Path) -> 
 def test_what_cannot_be_written_is_named_in_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
     """The system lets no file grow past 40 kB: the log is written, the first checkpoint is not."""
     recipe, out = str(recipe_file(tmp_path, TINY)), str(tmp_path / "out")
-    command = [sys.executable, "-m", "fewstep.cli", "train", recipe, "-o", out]
+    command = [sys.executable, "-m", "fewstep", "train", recipe, "-o", out]
     process = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),

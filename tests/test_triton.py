@@ -777,7 +777,7 @@ def command(
         config.dynamic_batching.default_queue_policy.max_queue_size = QUEUE
         (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
     http, grpc, metrics = free_ports(3)
-    serve = [sys.executable, "-m", "fewstep.cli", "triton", "serve", str(place / "repository"), f"--port={http}"]
+    serve = [sys.executable, "-m", "fewstep", "triton", "serve", str(place / "repository"), f"--port={http}"]
     serve += [f"--grpc-port={grpc}", f"--metrics-port={metrics}", "--"]
     serve += ["--rate-limit=execution_count", "--rate-limit-resource=fewstep-cores:1"]
     serve += ["--exit-timeout-secs=3", "--disable-auto-complete-config"]
