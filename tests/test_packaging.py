@@ -21,7 +21,7 @@ NOT_SOURCE = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-
 
 def shipped_files() -> set[str]:
     """What a user must get, by its path under ``fewstep/``: every file of every part."""
-    files = {"__init__.py", "client.py", "cli.py", "py.typed"}
+    files = {"__init__.py", "__main__.py", "client.py", "cli.py", "py.typed"}
     for part in PARTS:
         files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / part).rglob("*") if path.is_file()}
     return {file for file in files if "__pycache__" not in file}
