@@ -355,14 +355,14 @@ def verdicts(made: dict[str, dict[str, list[Measured]]]) -> dict[str, float]:
         for peer in by:
             if peer == "fewstep" or "fewstep" not in by:
                 continue
-            told: dict[str, Callable[[Measured], Any]] = {"images/s": lambda one: one.round["total"]["images_per_s"]}
+            by_name: dict[str, Callable[[Measured], Any]] = {"images/s": lambda one: one.round["total"]["images_per_s"]}
             if scenario.startswith("uniform"):
-                told["CPU time an image"] = lambda one: one.round["server"]["cpu_ms_per_image"]
-                told["CPU time over the network's"] = lambda one: one.cpu_over_network
+                by_name["CPU time an image"] = lambda one: one.round["server"]["cpu_ms_per_image"]
+                by_name["CPU time over the network's"] = lambda one: one.cpu_over_network
             else:
-                told["1-step p50"] = lambda one: one.round["kinds"]["steps=1"]["latency_ms"]["p50"]
-                told["1-step p99"] = lambda one: one.round["kinds"]["steps=1"]["latency_ms"]["p99"]
-            for name, figure in told.items():
+                by_name["1-step p50"] = lambda one: one.round["kinds"]["steps=1"]["latency_ms"]["p50"]
+                by_name["1-step p99"] = lambda one: one.round["kinds"]["steps=1"]["latency_ms"]["p99"]
+            for name, figure in by_name.items():
                 found[f"{scenario}, fewstep / {peer}, {name}"] = ratios(scenario, peer, figure)
     return found
 

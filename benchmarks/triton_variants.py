@@ -19,18 +19,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from server import serving
 
 from fewstep.bench.observer import ProcessTree, listener
 from fewstep.bench.report import machine
 from fewstep.deploy.perf_analyzer import perf_analyzer, without_sequences
 from fewstep.deploy.triton_graph import graph_inputs, write_graph_model
 from fewstep.deploy.triton_repository import VARIANTS, write_model
-from fewstep.deploy.triton_server import Environment, free_ports, running
+from fewstep.deploy.triton_server import Environment, running
 from fewstep.runtime import Bundle, Request
 
 MIX = "steps=1:0.3, steps=4:0.4, steps=8:0.3"
@@ -82,9 +83,11 @@ def main() -> None:
         log = Path(place) / "log"
         with (
             running(environment, repository, log) as triton,
-            standalone(bundle, options.threads) as ours,
+            serving(bundle.path, "--grpc-port", "0", "--threads", str(options.threads)) as ours,
         ):
-            arms: dict[str, tuple[tuple[str, str], str]] = {"standalone": (ours, bundle.name)}
+            arms: dict[str, tuple[tuple[str, str], str]] = {
+                "standalone": ((ours.url.removeprefix("http://"), ours.grpc), bundle.name)
+            }
             arms |= {variant: (triton, variant) for variant in VARIANTS}
             if (repository / GRAPH).exists():
                 arms[GRAPH] = triton, GRAPH
@@ -141,22 +144,6 @@ def write(options: argparse.Namespace, bundle: Bundle, rounds: list[dict[str, di
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-@contextmanager
-def standalone(bundle: Bundle, threads: int) -> Iterator[tuple[str, str]]:
-    """`fewstep serve`; gives the addresses of HTTP and of gRPC."""
-    http, grpc = free_ports(2)
-    command = [sys.executable, "-m", "fewstep", "serve", str(bundle.path), "--port", str(http)]
-    command += ["--grpc-port", str(grpc), "--threads", str(threads)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        server.stdout.readline()
-        yield f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def analyzed(

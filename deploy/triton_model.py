@@ -365,8 +365,12 @@ class Iterative:
                 _finish(refusal, call, sender)
             else:
                 responses.append(refusal or (call and call.answer()))
-        while self._calls and now_s - (oldest := next(iter(self._calls.items())))[1][1] > student.idle_s:
-            self._calls.pop(oldest[0])[0].cancel()  # Triton has dropped it
+        while self._calls:  # those that Triton has dropped
+            sequence, (oldest, brought_s) = next(iter(self._calls.items()))
+            if now_s - brought_s <= student.idle_s:
+                break
+            del self._calls[sequence]
+            oldest.cancel()
         return None if student.is_decoupled else responses
 
     def finalize(self) -> None:
